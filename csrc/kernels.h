@@ -1,0 +1,152 @@
+/* The contract between the loops (pyengine/_native, Cython) and the tiles (csrc/isa): one `pe_kernels` is one SIMD level.
+ *
+ * Who may call: pyengine/_native alone, from any thread. Kernels start no thread, allocate nothing, print nothing and can't
+ * fail; the caller has checked every size. Kernels of different threads may share inputs, never an output.
+ *
+ * Numerics. A vector is 16 lanes at every level, whatever the registers' width, and a kernel is the same sequence of
+ * operations on those lanes at every level. So all levels that have a fused multiply-add (all but `portable`) give the same
+ * bits. Lanes hold different outputs; an output accumulates over K in ascending order; what must cross lanes (a sum, a
+ * maximum) goes through one fixed tree. A row's result doesn't depend on the rows computed beside it.
+ *
+ * Alignment. Packed weights start on 64 bytes. Activations may start anywhere; their rows are written in whole vectors, so
+ * an output row must have room for its width rounded up to 16 floats.
+ */
+#ifndef PE_KERNELS_H
+#define PE_KERNELS_H
+
+#include <stdint.h>
+
+#define PE_LANES 16  /* floats in a vector, and output columns in a panel of packed weights */
+#define PE_GROUP 128 /* values along K that share one scale and zero point of int8 activations */
+#define PE_SPIN 12   /* accumulators of spin_f32 and spin_q8 */
+#define PE_PAGE 64   /* positions in a KV page, and keys in a block of the attention softmax */
+
+/* What a CPU can do, and what a level needs: bits of pe_cpu_features() and of pe_kernels.requires. */
+enum {
+    PE_CPU_AVX2_FMA = 1 << 0,    /* AVX2, FMA, F16C */
+    PE_CPU_AVX512 = 1 << 1,      /* AVX-512 F, BW, VL, DQ */
+    PE_CPU_AVX512_VNNI = 1 << 2, /* AVX-512 VNNI */
+    PE_CPU_NEON_DOT = 1 << 3     /* Advanced SIMD with the dot product extension */
+};
+
+typedef enum {
+    PE_ACT_NONE,
+    PE_ACT_GELU_TANH,    /* x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) = gelu_new (Hendrycks & Gimpel 2016) */
+    PE_ACT_GELU_ERF,     /* x Phi(x), Phi the normal distribution */
+    PE_ACT_GELU_SIGMOID, /* x sigmoid(1.702 x) = quick_gelu */
+    PE_ACT_RELU,
+    PE_ACT_SILU, /* x sigmoid(x) */
+    PE_ACT_TANH
+} pe_activation;
+
+/* The number formats of a checkpoint's tensors. */
+typedef enum { PE_F32, PE_F16, PE_BF16 } pe_dtype;
+
+/* Packed float32 weights: panels[n / 16][k][n % 16], zeros in the columns past n_out. */
+typedef struct {
+    const float *panels;
+    int64_t k;
+} pe_weights_f32;
+
+/* Packed int8 weights: W[n][k] = scale[n] * panels[n / 16][k / 4][n % 16][k % 4]; zeros past n_out and past k.
+ * column_sum[panel][group][16] is the sum of a column's int8 values over one group of PE_GROUP values of k: what the
+ * activations' zero point is multiplied with. Values lie in -127..127. */
+typedef struct {
+    const int8_t *panels;
+    const int16_t *column_sum;
+    const float *scale;
+    int64_t k;
+} pe_weights_q8;
+
+/* int8 activations: x[row][k] = scale[row][group] * (q[row][k] - zero[row][group]), group = k / PE_GROUP.
+ * Rows of q are `stride` bytes apart, `stride` a multiple of PE_GROUP; rows of scale and zero are stride / PE_GROUP apart. */
+typedef struct {
+    const uint8_t *q;
+    const float *scale;
+    const int32_t *zero;
+    int64_t stride;
+} pe_rows_q8;
+
+/* Where a product goes: out[row][n] = (product + bias[n]) + residual[row][n]. bias and residual may be NULL; residual may be
+ * out. bias has whole panels. Strides in floats. */
+typedef struct {
+    const float *bias;
+    const float *residual;
+    int64_t residual_stride;
+    float *out;
+    int64_t out_stride;
+} pe_output;
+
+/* One SIMD level. */
+typedef struct pe_kernels {
+    const char *name;
+    uint32_t requires; /* PE_CPU_* bits */
+    int priority;      /* the highest that the CPU can run is chosen */
+
+    /* Panels [panel, panel + n_panel) of out = x W^T + bias + residual for n_row rows of x, `x_stride` floats apart.
+     * The accumulator starts at the bias (or 0) and adds x[k] W[n][k] by FMA, k ascending. */
+    void (*matmul_f32)(const float *x, int64_t x_stride, int64_t n_row, const pe_weights_f32 *w, int64_t panel,
+                       int64_t n_panel, const pe_output *out);
+
+    /* The same with int8: integers are exact; groups are added by FMA in ascending order, accumulator = scale[row][group] *
+     * (sum over the group of (q - zero) * w) + accumulator, from 0; then product = accumulator * w.scale[n] + bias[n] (FMA). */
+    void (*matmul_q8)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
+                      const pe_output *out);
+
+    /* out[row][n] = decay[row] * out[row][n] + sum over k of x[row][k] W[n][k], k ascending, by FMA: attention's weighted sum of
+     * values, with w.k >= k keys in a panel (panels[n / 16][w.k][16]), of which the first k are used. */
+    void (*accumulate_f32)(const float *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_f32 *w,
+                           int64_t n_panel, const float *decay, float *out, int64_t out_stride);
+
+    /* One row of n floats to int8, group by group: scale = (max - min) / 255 over the group, but at least max |x| / 2^15 and
+     * 1e-30; zero = round(-min / scale), so |zero| <= 2^15; q = clamp(round(x / scale) + zero, 0, 255). The scale of a group
+     * with NaN or infinity is NaN. q is written in whole vectors. */
+    void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero);
+
+    /* One row: y = (x - mean) / sqrt(variance + eps) * gain + bias; variance is that of the population, in two passes. */
+    void (*layer_norm)(const float *x, int64_t n, const float *gain, const float *bias, float eps, float *y);
+
+    /* x = activation(x), n floats in place (written in whole vectors). At most 2 ULP off, 4 where |result| < 1e-30. */
+    void (*activate)(pe_activation kind, float *x, int64_t n);
+
+    /* One step of the online softmax (Milakov & Gimelshein 2018) for one query and one block of PE_PAGE scores, of which the
+     * first n are visible, 1 <= n: weights[i] = exp(scale * scores[i] - m'), 0 for i >= n; m' = the maximum so far. `state` is
+     * [max, unused..., sum of weights by lane: 16 floats] = 32 floats; a new row's max is -inf, its sums 0. Returns the decay
+     * exp(m - m') that earlier weights are multiplied with. weights may be scores. */
+    float (*softmax_block)(const float *scores, int64_t n, float scale, float *state, float *weights);
+
+    /* out[0..n) *= 1 / (sum of the 16 lanes of state): ends the online softmax. Written in whole vectors. */
+    void (*softmax_end)(const float *state, float *out, int64_t n);
+
+    /* y = exp(x - max) / sum of them: the softmax of one row, for those who look inside. */
+    void (*softmax)(const float *x, int64_t n, float *y);
+
+    /* The maximum of n > 0 floats; NaN where any of them is NaN. */
+    float (*max)(const float *x, int64_t n);
+
+    /* y[i] = exp(scale * (x[i] - offset)); returns their sum, as exact as the terms are; y may be NULL. */
+    double (*exp_sum)(const float *x, int64_t n, float offset, float scale, float *y);
+
+    /* The limits of the machine, for those who measure: n rounds of PE_SPIN multiply-adds of vectors that depend on nothing but
+     * their own accumulator, in float32 and int8; and one read of n bytes (a multiple of 256, 64-byte aligned). The results mean
+     * nothing. */
+    float (*spin_f32)(int64_t n);
+    int32_t (*spin_q8)(int64_t n);
+    float (*read)(const void *p, int64_t n);
+
+    /* Reads 16 columns of a checkpoint's matrix as one float32 panel: panel[i][j] = src[i * k_stride + j * n_stride] for i < k,
+     * j < n; zeros in columns n..15. Strides in elements. Returns 0 if any value is NaN or infinite, else 1. */
+    int (*load_panel)(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride, float *panel);
+
+    /* A float32 panel [k][16] to int8: scale[j] = max |column j| / 127 (1 for a zero column), q = round(panel / scale) in the
+     * layout of pe_weights_q8, column_sum[group][16]. */
+    void (*pack_q8)(const float *panel, int64_t k, int8_t *q, float *scale, int16_t *column_sum);
+} pe_kernels;
+
+/* cpu.c: what this CPU and its operating system can do, as PE_CPU_* bits. */
+uint32_t pe_cpu_features(void);
+
+/* cpu.c: the levels that were compiled in for this kind of processor, in no order; NULL from the last index on. */
+const pe_kernels *pe_level(int index);
+
+#endif

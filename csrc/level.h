@@ -1,0 +1,97 @@
+/* What every level's file (isa/NAME.c) opens with: how a compiler is told of a target, and how a level's table is defined.
+ *
+ * A level's file: PE_TARGET_BEGIN, its headers, the primitives that kernels.inc.h lists, the sizes of its tiles, kernels.inc.h,
+ * PE_DEFINE_LEVEL, PE_TARGET_END; PE_NO_LEVEL for other processors. setup.py finds the file by its name. */
+#ifndef PE_LEVEL_H
+#define PE_LEVEL_H
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define PE_X86 1
+#else
+#define PE_X86 0
+#endif
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define PE_ARM64 1
+#else
+#define PE_ARM64 0
+#endif
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define PE_MSVC 1 /* no inline assembly on 64-bit targets, no target regions: it takes every intrinsic anywhere */
+#else
+#define PE_MSVC 0
+#endif
+
+#define PE_STRING(x) #x
+#if PE_MSVC
+#define PE_INLINE static __forceinline
+#define PE_UNROLL
+#define PE_TARGET_BEGIN(features)
+#define PE_TARGET_END
+#elif defined(__clang__)
+#define PE_INLINE static inline __attribute__((always_inline, unused))
+#define PE_UNROLL _Pragma("clang loop unroll(full)") /* not "unroll": that is done before inlining makes the counts known */
+#define PE_TARGET_BEGIN(features) _Pragma(PE_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define PE_TARGET_END _Pragma("clang attribute pop")
+#else
+#define PE_INLINE static inline __attribute__((always_inline, unused))
+#define PE_UNROLL _Pragma("GCC unroll 16")
+#define PE_TARGET_BEGIN(features) _Pragma("GCC push_options") _Pragma(PE_STRING(GCC target(features)))
+#define PE_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+/* Makes the compiler believe that v has changed: for loops that only measure. */
+#if PE_MSVC
+#define PE_FORGET(v) ((void)(v))
+#else
+#define PE_FORGET(v) __asm__ volatile("" : "+m"(v))
+#endif
+
+/* Four bytes as they lie, from any address. */
+PE_INLINE int32_t pe_load_i32(const void *p)
+{
+    int32_t value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+/* The level's table, by a function of its name: NULL where the file is for another processor. */
+#define PE_NO_LEVEL(level)                                                                                           \
+    const pe_kernels *pe_level_##level(void);                                                                        \
+    const pe_kernels *pe_level_##level(void) { return 0; }
+
+#define PE_DEFINE_LEVEL(level, features, rank)                                                                       \
+    const pe_kernels *pe_level_##level(void);                                                                        \
+    const pe_kernels *pe_level_##level(void)                                                                         \
+    {                                                                                                                \
+        static const pe_kernels table = {                                                                            \
+            .name = #level,                                                                                          \
+            .requires = (features),                                                                                  \
+            .priority = (rank),                                                                                      \
+            .matmul_f32 = matmul_f32,                                                                                \
+            .matmul_q8 = matmul_q8,                                                                                  \
+            .accumulate_f32 = accumulate_f32,                                                                        \
+            .quantize_q8 = quantize_q8,                                                                              \
+            .layer_norm = layer_norm,                                                                                \
+            .activate = activate,                                                                                    \
+            .softmax_block = softmax_block,                                                                          \
+            .softmax_end = softmax_end,                                                                              \
+            .softmax = softmax,                                                                                      \
+            .max = row_max,                                                                                          \
+            .exp_sum = exp_sum,                                                                                      \
+            .spin_f32 = spin_f32,                                                                                    \
+            .spin_q8 = spin_q8,                                                                                      \
+            .read = read_bytes,                                                                                      \
+            .load_panel = load_panel,                                                                                \
+            .pack_q8 = pack_q8,                                                                                      \
+        };                                                                                                           \
+        return &table;                                                                                               \
+    }
+
+#endif

@@ -1,0 +1,23 @@
+/* Memory on cache lines: what packed weights and activation buffers live in. */
+#ifndef PE_MEMORY_H
+#define PE_MEMORY_H
+
+#include <stddef.h>
+#include <stdlib.h>
+
+#define PE_ALIGNMENT 64
+
+#if defined(_WIN32)
+#include <malloc.h>
+static inline void *pe_allocate(size_t size) { return _aligned_malloc(size ? size : 1, PE_ALIGNMENT); }
+static inline void pe_free(void *p) { _aligned_free(p); }
+#else
+static inline void *pe_allocate(size_t size)
+{
+    void *p = NULL;
+    return posix_memalign(&p, PE_ALIGNMENT, size ? size : 1) ? NULL : p;
+}
+static inline void pe_free(void *p) { free(p); }
+#endif
+
+#endif

@@ -1,0 +1,43 @@
+from libc.stdint cimport int64_t
+
+cdef extern from "team.h" nogil:
+    ctypedef struct pe_phase:
+        pass
+    ctypedef struct pe_team:
+        pe_phase *phases
+    int64_t pe_take(pe_phase *, int64_t)
+    void pe_finish(pe_team *, pe_phase *, int64_t, int64_t)
+    void pe_stop(pe_team *)
+    bint pe_stopped(pe_team *)
+
+# One thread of a parallel region. The work of a phase is shared like this, with the same n_unit on all threads:
+#     unit = claim(worker, n_unit)
+#     while unit >= 0:
+#         ...
+#         unit = claim(worker, n_unit)
+#     sync(worker, n_unit)
+# After sync the work of all threads can be read.
+ctypedef struct Worker:
+    int index
+    pe_team *team
+    int64_t phase
+    int64_t n_claimed  # units of this phase
+
+cdef inline int64_t claim(Worker *worker, int64_t n_unit) noexcept nogil:
+    cdef int64_t unit = pe_take(&worker.team.phases[worker.phase], n_unit)
+    worker.n_claimed += unit >= 0
+    return unit
+
+cdef inline void sync(Worker *worker, int64_t n_unit) noexcept nogil:
+    pe_finish(worker.team, &worker.team.phases[worker.phase], worker.n_claimed, n_unit)
+    worker.phase += 1
+    worker.n_claimed = 0
+
+ctypedef void (*Body)(void *context, Worker *worker) noexcept nogil
+
+# Runs body(context, worker) on up to n_threads threads at once, and waits for all. n_phase: how often a body syncs, at most.
+# Called with the GIL, which it releases. Raises OutOfMemoryError.
+cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1
+
+# The most threads of a region.
+cdef enum: MAX_THREADS = 1024
