@@ -1,0 +1,347 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
+"""The native executor: runs a plan over the rows of one step, in one parallel region; an operation starts when the one before is
+done.
+
+`Engine` is told the plan operation by operation (`add_...`, in order) and then runs `step` after `step`. Buffers go by index.
+"""
+
+import numpy as np
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memset
+
+from .activation cimport activation_of
+from .attention cimport Attention, KVLayout, Segment, attend, attention_scratch, store_kv
+from .kernels cimport PE_LANES, PE_PAGE, pe_activation, pe_output
+from .matmul cimport PackedMatrix, QuantizedRows, linear, quantize_row, read_row
+from .memory cimport Block
+from .parallel cimport MAX_THREADS, Worker, claim, pe_stop, pe_stopped, run, sync
+from .simd cimport kernels
+
+from ..errors import ArgumentError, OutOfMemoryError
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        int64_t tv_sec
+        long tv_nsec
+    int timespec_get(timespec *, int)
+    enum: TIME_UTC
+
+# How often a long step asks whether Ctrl-C was pressed.
+cdef double SIGNAL_SECONDS = 0.05
+
+cdef enum Kind:
+    EMBED
+    NORM
+    LINEAR
+    ATTEND
+    PICK_ROWS
+
+cdef struct Buffer:
+    float *data
+    int64_t width, stride  # in floats
+
+cdef struct Op:
+    Kind kind
+    int src, out, residual  # buffers; -1 for none
+    bint on_picked  # runs on the rows whose logits are wanted, not on all
+    bint quantize  # a Norm: its output is wanted in int8; a Linear: its input isn't in int8 yet
+    void *weight  # a PackedMatrix
+    const float *gain  # a norm's gain, or the table of positions
+    const float *bias
+    float eps
+    pe_activation activation
+    Attention attention
+
+# One step: what the threads share.
+cdef struct Step:
+    void *engine
+    const int32_t *token_ids
+    const int32_t *picked
+    const Segment *segments
+    int64_t n_row, n_segment, n_picked
+    double asked  # when signals were last looked at
+    bint interrupted  # a signal's handler raised
+
+
+cdef double now() noexcept nogil:
+    cdef timespec t
+    timespec_get(&t, TIME_UTC)
+    return t.tv_sec + 1e-9 * t.tv_nsec
+
+
+cdef int check_signals() noexcept with gil:
+    return PyErr_CheckSignals()
+
+
+cdef class Engine:
+    """A plan, its packed weights and its activation buffers. Not to be used from two threads at once."""
+
+    cdef int n_threads
+    cdef list keep  # the objects that the operations point into
+    cdef list blocks  # the buffers' memory
+    cdef Buffer *buffers
+    cdef int n_buffer
+    cdef Op *ops
+    cdef int n_op
+    cdef bint picking
+    cdef KVLayout layout
+    cdef QuantizedRows quantized
+    cdef int64_t max_width  # of an input of a product
+    cdef Block scratch
+    cdef int64_t capacity, picked_capacity  # rows that the buffers have room for
+    cdef int64_t vocab_size, max_seq_len
+    cdef object logits
+
+    def __cinit__(self, widths, KVLayout layout, int n_threads):
+        if not 1 <= n_threads <= MAX_THREADS:
+            raise ArgumentError(f"threads: expected 1..{MAX_THREADS}, got {n_threads}")
+        self.n_threads, self.layout = n_threads, layout
+        self.keep, self.blocks = [], []
+        self.max_seq_len = 2**31
+        self.n_buffer = len(widths)
+        self.buffers = <Buffer *>realloc(NULL, self.n_buffer * sizeof(Buffer))
+        if self.buffers == NULL:
+            raise OutOfMemoryError("activation buffers: no memory")
+        memset(self.buffers, 0, self.n_buffer * sizeof(Buffer))
+        for i, width in enumerate(widths):
+            self.buffers[i].width = width
+            self.buffers[i].stride = (width + PE_LANES - 1) // PE_LANES * PE_LANES
+            if self.buffers[i].stride // PE_LANES % 2 == 0:
+                self.buffers[i].stride += PE_LANES  # rows at powers of 2 would share a few sets of the cache
+            self.blocks.append(None)
+        cdef int64_t thread_floats = (attention_scratch(&layout.layout) + PE_LANES - 1) // PE_LANES * PE_LANES
+        self.scratch = Block(n_threads * thread_floats * sizeof(float), "scratch for attention")
+
+    def __dealloc__(self):
+        free(self.buffers)
+        free(self.ops)
+
+    cdef Op *_add(self, Kind kind, int src, int out) except NULL:
+        if not -1 <= src < self.n_buffer or not 0 <= out < self.n_buffer:
+            raise ArgumentError(f"buffer: expected 0..{self.n_buffer - 1}, got {src} and {out}")
+        cdef Op *ops = <Op *>realloc(self.ops, (self.n_op + 1) * sizeof(Op))
+        if ops == NULL:
+            raise OutOfMemoryError("plan: no memory for its operations")
+        self.ops = ops
+        self.n_op += 1
+        cdef Op *op = &ops[self.n_op - 1]
+        memset(op, 0, sizeof(Op))
+        op.kind, op.src, op.out, op.residual, op.on_picked = kind, src, out, -1, self.picking
+        return op
+
+    cdef const float *_floats(self, array, int64_t n) except? NULL:
+        """A float32 vector of the plan, followed by zeros up to a whole panel."""
+        if array is None:
+            return NULL
+        if array.size != n:
+            raise ArgumentError(f"vector: expected {n} values, got {array.size}")
+        cdef Block block = Block(((n + PE_LANES - 1) // PE_LANES * PE_LANES) * sizeof(float), "vector")
+        cdef const float[::1] values = np.ascontiguousarray(array, np.float32).reshape(-1)
+        memset(block.data, 0, block.nbytes)
+        memcpy(block.data, &values[0], n * sizeof(float))
+        self.keep.append(block)
+        return <const float *>block.data
+
+    def add_embed(self, int out, PackedMatrix table, positions):
+        """out = table[token_id] + positions[position]; positions is float32 [max_seq_len, width]."""
+        cdef Op *op = self._add(EMBED, -1, out)
+        if table.n_in != self.buffers[out].width or positions.shape[1] != table.n_in:
+            raise ArgumentError(f"embed: expected tables {self.buffers[out].width} wide, got {table.n_in}, {positions.shape[1]}")
+        op.weight, op.gain = <void *>table, self._floats(positions, positions.size)
+        self.keep.append(table)
+        self.vocab_size, self.max_seq_len = table.n_out, positions.shape[0]
+
+    def add_norm(self, int src, int out, gain, bias, float eps):
+        """out = LayerNorm(src)."""
+        cdef Op *op = self._add(NORM, src, out)
+        cdef int64_t n = self.buffers[src].width
+        op.gain, op.bias, op.eps = self._floats(gain, n), self._floats(bias, n), eps
+
+    def add_linear(self, int src, int out, PackedMatrix weight, bias=None, activation=None, int residual=-1):
+        """out = activation(src W^T + bias) + residual."""
+        if activation is not None and residual >= 0:
+            raise ArgumentError("linear: an activation with a residual isn't provided for")
+        if weight.n_in != self.buffers[src].width or weight.n_out != self.buffers[out].width:
+            raise ArgumentError(
+                f"linear: expected [{self.buffers[out].width}, {self.buffers[src].width}], got [{weight.n_out}, {weight.n_in}]")
+        cdef Op *op = self._add(LINEAR, src, out)
+        op.weight, op.bias, op.residual = <void *>weight, self._floats(bias, weight.n_out), residual
+        op.activation = activation_of(activation)
+        self.keep.append(weight)
+        if weight.quantized:
+            self.max_width = max(self.max_width, weight.n_in)
+            # A norm just before leaves its rows in int8, while they are hot.
+            if self.n_op > 1 and (op - 1).kind == NORM and (op - 1).out == src:
+                (op - 1).quantize = True
+            else:
+                op.quantize = True
+
+    def add_attend(self, int src, int out, int64_t layer, int64_t n_head, float scale):
+        """Appends src's keys and values to the cache of `layer`; out = attention of its queries."""
+        cdef Op *op = self._add(ATTEND, src, out)
+        op.attention.layer, op.attention.n_head, op.attention.scale = layer, n_head, scale
+        op.attention.layout = self.layout.layout
+
+    def add_pick_rows(self, int src, int out):
+        """out = the rows of src whose logits are wanted; later operations run on these alone."""
+        self._add(PICK_ROWS, src, out)
+        self.picking = True
+
+    def _reserve(self, int64_t n_row, int64_t n_picked):
+        """Makes room for so many rows in every buffer."""
+        if n_row <= self.capacity and n_picked <= self.picked_capacity:
+            return
+        self.capacity, self.picked_capacity = max(n_row, self.capacity), max(n_picked, self.picked_capacity)
+        cdef int i, last = self.ops[self.n_op - 1].out
+        cdef Block block
+        cdef Buffer *buffer
+        cdef float[:, ::1] view
+        picked = {self.ops[i].out for i in range(self.n_op) if self.ops[i].on_picked or self.ops[i].kind == PICK_ROWS}
+        for i in range(self.n_buffer):
+            buffer = &self.buffers[i]
+            rows = self.picked_capacity if i in picked else self.capacity
+            if i == last:  # callers keep views of the logits
+                self.logits = np.empty((max(rows, 1), buffer.stride), np.float32)
+                view = self.logits
+                buffer.data = &view[0, 0]
+            else:
+                block = Block(rows * buffer.stride * sizeof(float), "activation buffers")
+                self.blocks[i] = block
+                buffer.data = <float *>block.data
+        if self.max_width:
+            self.quantized = QuantizedRows(max(self.capacity, self.picked_capacity), self.max_width)
+
+    def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
+        """Runs the plan over the rows of `token_ids`; returns the logits of the rows `picked`, float32 [n_picked, vocab_size].
+
+        spans is int64 [n_sequences, 3]: first row, number of rows, position of the first. tables holds for each the addresses
+        of its KV pages (uintp). The result is valid until the next step. Keys and values are stored, the caller keeps count.
+        Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
+        """
+        cdef const int64_t[:, ::1] span = spans
+        cdef int64_t n_segment = span.shape[0], i, row = 0
+        cdef uintptr_t[::1] table
+        cdef Block memory = Block(n_segment * sizeof(Segment), "step")
+        cdef Segment *segments = <Segment *>memory.data
+        for i in range(token_ids.shape[0]):
+            if not 0 <= token_ids[i] < self.vocab_size:
+                raise ArgumentError(f"token id: expected 0..{self.vocab_size - 1}, got {token_ids[i]}")
+        for i in range(n_segment):
+            table = tables[i]
+            segments[i].row, segments[i].n_row, segments[i].position = span[i, 0], span[i, 1], span[i, 2]
+            if segments[i].row != row or segments[i].n_row < 1 or segments[i].position < 0:
+                raise ArgumentError(f"spans: expected rows from {row} on, got {segments[i].row}, {segments[i].n_row}")
+            row += segments[i].n_row
+            if segments[i].position + segments[i].n_row > min(self.max_seq_len, table.shape[0] * PE_PAGE):
+                raise ArgumentError(f"position: expected less than {self.max_seq_len} and a page for each")
+            segments[i].pages = <float **>&table[0]
+        if row != token_ids.shape[0]:
+            raise ArgumentError(f"token_ids: expected {row} rows, got {token_ids.shape[0]}")
+        for i in range(picked.shape[0]):
+            if not 0 <= picked[i] < row:
+                raise ArgumentError(f"picked: expected rows 0..{row - 1}, got {picked[i]}")
+        if row:
+            self._reserve(row, picked.shape[0])
+            self._run(token_ids, segments, n_segment, picked)
+        return self.logits[: picked.shape[0], : self.buffers[self.ops[self.n_op - 1].out].width]
+
+    cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment, const int32_t[::1] picked) except -1:
+        cdef Step step
+        step.engine = <void *>self
+        step.token_ids, step.n_row = &token_ids[0], token_ids.shape[0]
+        step.segments, step.n_segment = segments, n_segment
+        step.picked, step.n_picked = &picked[0] if picked.shape[0] else NULL, picked.shape[0]
+        step.asked, step.interrupted = now(), False
+        run(self.n_threads, 2 * self.n_op, run_body, &step)
+        return -1 if step.interrupted else 0  # the exception is the one that the signal's handler raised
+
+
+cdef void run_body(void *context, Worker *worker) noexcept nogil:
+    cdef Step *step = <Step *>context
+    run_ops(<Engine>step.engine, step, worker)
+
+
+cdef void run_ops(Engine engine, Step *step, Worker *worker) noexcept nogil:
+    cdef int i
+    for i in range(engine.n_op):
+        if not (engine.ops[i].on_picked and step.n_picked == 0):
+            run_op(engine, &engine.ops[i], step, worker)
+        if worker.index == 0 and now() - step.asked > SIGNAL_SECONDS:
+            if check_signals():
+                step.interrupted = True
+                pe_stop(worker.team)
+            step.asked = now()
+        if pe_stopped(worker.team):
+            return
+
+
+cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nogil:
+    """This thread's share of an operation: one phase, or two."""
+    cdef Buffer *out = &engine.buffers[op.out]
+    cdef Buffer *src = &engine.buffers[op.src] if op.src >= 0 else NULL
+    cdef int64_t n_row = step.n_picked if op.on_picked else step.n_row
+    cdef float *scratch
+    if op.kind == EMBED:
+        embed(op, out, step, worker)
+    elif op.kind == NORM:
+        norm(engine, op, src, out, n_row, worker)
+    elif op.kind == LINEAR:
+        product(engine, op, src, out, n_row, worker)
+    elif op.kind == ATTEND:
+        store_kv(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment)
+        scratch = <float *>engine.scratch.data + worker.index * (engine.scratch.nbytes // sizeof(float) // engine.n_threads)
+        attend(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch, out.data, out.stride)
+    elif op.kind == PICK_ROWS:
+        pick_rows(src, out, step, worker)
+
+
+cdef void embed(Op *op, Buffer *out, Step *step, Worker *worker) noexcept nogil:
+    cdef int64_t unit = claim(worker, step.n_row), s = 0, i, position
+    cdef float *row
+    while unit >= 0:
+        while unit >= step.segments[s].row + step.segments[s].n_row:
+            s += 1
+        position = step.segments[s].position + unit - step.segments[s].row
+        row = out.data + unit * out.stride
+        read_row(<PackedMatrix>op.weight, step.token_ids[unit], row)
+        for i in range(out.width):
+            row[i] = row[i] + op.gain[position * out.width + i]
+        unit = claim(worker, step.n_row)
+    sync(worker, step.n_row)
+
+
+cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
+    cdef int64_t row = claim(worker, n_row)
+    while row >= 0:
+        kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, out.data + row * out.stride)
+        if op.quantize:
+            quantize_row(out.data + row * out.stride, out.width, &engine.quantized.rows, row)
+        row = claim(worker, n_row)
+    sync(worker, n_row)
+
+
+cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
+    cdef int64_t row
+    cdef pe_output to
+    if op.quantize:
+        row = claim(worker, n_row)
+        while row >= 0:
+            quantize_row(src.data + row * src.stride, src.width, &engine.quantized.rows, row)
+            row = claim(worker, n_row)
+        sync(worker, n_row)
+    memset(&to, 0, sizeof(to))
+    to.bias, to.out, to.out_stride = op.bias, out.data, out.stride
+    if op.residual >= 0:
+        to.residual, to.residual_stride = engine.buffers[op.residual].data, engine.buffers[op.residual].stride
+    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, &engine.quantized.rows, n_row, &to, op.activation)
+
+
+cdef void pick_rows(Buffer *src, Buffer *out, Step *step, Worker *worker) noexcept nogil:
+    cdef int64_t unit = claim(worker, step.n_picked)
+    while unit >= 0:
+        memcpy(out.data + unit * out.stride, src.data + step.picked[unit] * src.stride, src.width * sizeof(float))
+        unit = claim(worker, step.n_picked)
+    sync(worker, step.n_picked)

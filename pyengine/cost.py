@@ -1,0 +1,58 @@
+"""What a plan costs, read off it: memory, and the operations and bytes of a token. Nothing is loaded for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import Attend, Embed, Linear, MatrixSpec, Plan
+
+GROUP = 128  # values of an int8 weight's column that share a column sum (PE_GROUP in csrc/kernels.h)
+LANES = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A plan with its weights in one dtype."""
+
+    n_parameter: int
+    weight_bytes: int  # packed weights, and vectors
+    kv_bytes_per_token: int  # keys and values of one position
+    decode_bytes: int  # weights that are read for a token, the head included
+    block_flops: int  # of the matrix products for a token, without the head; multiplication and addition count each
+    head_flops: int  # of the head, for a token whose logits are wanted
+    attention_flops_per_position: int  # for a token, times the positions that it looks at
+
+
+def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
+    """The memory of a packed matrix."""
+    columns = -(-spec.n_out // LANES) * LANES
+    if dtype == "float32":
+        return 4 * columns * spec.n_in
+    return columns * (-(-spec.n_in // 4) * 4 + 2 * -(-spec.n_in // GROUP) + 4)
+
+
+def cost(plan: Plan, dtype: str) -> Cost:
+    """The cost of a plan whose matrices are kept as `dtype` (float32 or int8)."""
+    memory = {name: matrix_bytes(spec, dtype) for name, spec in plan.matrices.items()}
+    size = {name: spec.n_out * spec.n_in for name, spec in plan.matrices.items()}
+    vectors = sum(_product(spec.shape) for spec in plan.vectors.values())
+    read = {op.weight for op in plan.linears()}
+    only_looked_up = {op.token_table for op in plan.ops if isinstance(op, Embed)} - read
+    head = sum(2 * size[op.weight] for op in plan.linears() if op.out == plan.logits)
+    attend = [op for op in plan.ops if isinstance(op, Attend)]
+    return Cost(
+        n_parameter=sum(size.values()) + vectors,
+        weight_bytes=sum(memory.values()) + 4 * vectors,
+        kv_bytes_per_token=sum(8 * op.n_kv_head * op.head_dim for op in attend),
+        decode_bytes=sum(n for name, n in memory.items() if name not in only_looked_up),
+        block_flops=sum(2 * size[op.weight] for op in plan.ops if isinstance(op, Linear)) - head,
+        head_flops=head,
+        attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
+    )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,105 @@
+"""Equalising a plan's weights before they become int8: exact in real arithmetic, and no data is needed.
+
+Where a channel runs from a norm into matrix products, dividing the norm's gain and bias by s and multiplying the products'
+column by s changes nothing; likewise between the values of attention and the output projection. With s = sqrt(range of
+the channel / largest weight that it meets), channels and weights both get ranges that int8 resolves (Nagel et al. 2019,
+"Data-Free Quantization Through Weight Equalization and Bias Correction"; the square root is SmoothQuant's, Xiao et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .plan import Attend, Linear, Norm, Plan
+
+Floats = npt.NDArray[np.float32]
+Columns = Callable[[str], Iterator[tuple[int, Floats]]]  # a matrix's name → (first output column, float32 [n, n_in])
+
+# A normalised channel stays within this many standard deviations for nearly all tokens.
+DEVIATIONS = 3.0
+
+
+@dataclass
+class Scales:
+    """What matrices are multiplied with when they are packed: per input [n_in] and per output [n_out]."""
+
+    ins: dict[str, Floats] = field(default_factory=dict)
+    outs: dict[str, Floats] = field(default_factory=dict)
+
+
+def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns) -> Scales:
+    """The scales of every matrix; changes the norms' gains and biases, and the biases of values, in `vectors` to match."""
+    scales = Scales()
+    for i, op in enumerate(plan.ops):
+        linears = readers(plan, i)
+        if not linears or any(linear.weight in scales.ins for linear in linears):
+            continue
+        largest = np.max([largest_by_input(columns(linear.weight)) for linear in linears], axis=0)
+        if isinstance(op, Norm):
+            s = _scale(DEVIATIONS * np.abs(vectors[op.gain]) + np.abs(vectors[op.bias]), largest)
+            vectors[op.gain], vectors[op.bias] = vectors[op.gain] / s, vectors[op.bias] / s
+        elif isinstance(op, Attend):
+            s = _equalize_values(plan, i, largest, vectors, columns, scales)
+        else:
+            continue
+        for linear in linears:
+            scales.ins[linear.weight] = s
+    return scales
+
+
+def readers(plan: Plan, i: int) -> list[Linear]:
+    """The matrix products that read the output of operation i; none if anything else reads it too."""
+    found = []
+    for op in plan.ops[i + 1 :]:
+        if getattr(op, "src", None) == plan.ops[i].out or getattr(op, "residual", None) == plan.ops[i].out:
+            if not isinstance(op, Linear) or op.residual == plan.ops[i].out:
+                return []
+            found.append(op)
+        if op.out == plan.ops[i].out:
+            break
+    return found
+
+
+def _equalize_values(
+    plan: Plan, i: int, largest: Floats, vectors: dict[str, Floats], columns: Columns, scales: Scales
+) -> Floats:
+    """The scale of attention's output [n_head head_dim]; the product that makes the values is divided by it."""
+    attend, qkv = plan.ops[i], plan.ops[i - 1]
+    assert isinstance(attend, Attend) and isinstance(qkv, Linear) and qkv.out == attend.src
+    n_value = attend.n_kv_head * attend.head_dim
+    # A value's standard deviation, if the inputs of its product had equal ones: the norm of its row of weights.
+    spread = np.concatenate([np.linalg.norm(w * scales.ins.get(qkv.weight, 1.0), axis=1) for _, w in columns(qkv.weight)])
+    bias = None if qkv.bias is None else vectors[qkv.bias]
+    value_range = DEVIATIONS * spread[-n_value:] + (0.0 if bias is None else np.abs(bias[-n_value:]))
+    # Heads that share a kv head share its channels: the weights that a channel meets are those of all of them.
+    by_group = largest.reshape(attend.n_kv_head, -1, attend.head_dim).max(axis=1)
+    s = _scale(value_range, by_group.reshape(-1))
+    outs = np.ones(spread.size, np.float32)
+    outs[-n_value:] = 1 / s
+    scales.outs[qkv.weight] = outs
+    if bias is not None and qkv.bias is not None:
+        vectors[qkv.bias] = bias * outs
+    heads = s.reshape(attend.n_kv_head, 1, attend.head_dim)
+    group = attend.n_head // attend.n_kv_head
+    return np.broadcast_to(heads, (attend.n_kv_head, group, attend.head_dim)).reshape(-1).copy()
+
+
+def largest_by_input(columns: Iterator[tuple[int, Floats]]) -> Floats:
+    """The largest weight that each input channel meets: [n_in]."""
+    largest = None
+    for _, values in columns:  # [n, n_in]
+        part = np.maximum(values.max(axis=0), -values.min(axis=0))
+        largest = part if largest is None else np.maximum(largest, part)
+    assert largest is not None
+    return largest
+
+
+def _scale(channel_range: Floats, weight_range: Floats) -> Floats:
+    """sqrt(range of the channel / of its weights), 1 where one of them is 0."""
+    usable = (channel_range > 0) & (weight_range > 0)
+    ratio = np.divide(channel_range, weight_range, out=np.ones_like(channel_range), where=usable)
+    return np.sqrt(ratio).astype(np.float32)

@@ -1,0 +1,108 @@
+"""The executor: a plan and its packed weights, run by the native engine, one `step` at a time.
+
+`step` is the one entry. It takes rows; a row is (token id, sequence, position). A prompt is many rows of one sequence, decoding
+is one row of each sequence, a batch, a chunk of a prompt and the beams of a beam search are rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import simd
+from ._native.engine import Engine
+from ._native.matmul import PackedMatrix
+from .errors import ArgumentError
+from .kv import KVPool, Sequence
+from .plan import Attend, Embed, Linear, Norm, PickRows, Plan
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass
+class Rows:
+    """Tokens that continue a sequence in one step, and for how many of the last of them logits are wanted."""
+
+    sequence: Sequence
+    token_ids: npt.NDArray[np.int32]  # [n]
+    n_logits: int = 1
+
+
+class Executor:
+    """Runs a plan. Steps of several threads wait for each other."""
+
+    max_rows = 512  # most rows of one step: a chunk of a prompt, which bounds the memory of activations
+
+    def __init__(
+        self, plan: Plan, matrices: Mapping[str, PackedMatrix], vectors: Mapping[str, Floats], threads: int
+    ) -> None:
+        self.plan = plan
+        self.threads = threads
+        self.simd = simd.active()
+        self.max_seq_len = plan.max_seq_len
+        self.vocab_size = plan.vocab_size
+        self.pool = KVPool(plan)
+        self._lock = threading.Lock()
+        self._engine = native(plan, matrices, vectors, self.pool, threads)
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
+        return Sequence(self.pool)
+
+    def step(self, rows: SequenceOf[Rows]) -> Floats:
+        """Appends the rows' tokens to their sequences; returns the logits that are wanted, in order.
+
+        The logits are float32 [sum of n_logits, vocab_size], valid until the next step. A sequence may occur once.
+        Raises ArgumentError for token ids out of range, too many rows or a full context, and lets KeyboardInterrupt through; then
+        no sequence has changed.
+        """
+        n_row = sum(len(r.token_ids) for r in rows)
+        if n_row > self.max_rows:
+            raise ArgumentError(f"rows: expected at most {self.max_rows} in one step, got {n_row}")
+        spans = np.empty((len(rows), 3), np.int64)
+        picked: list[int] = []
+        end = 0
+        for i, r in enumerate(rows):
+            n = len(r.token_ids)
+            if r.sequence.length + n > self.max_seq_len:
+                raise ArgumentError(f"token_ids: {r.sequence.length + n} positions, but the context has {self.max_seq_len}")
+            spans[i] = end, n, r.sequence.length
+            end += n
+            picked.extend(range(end - r.n_logits, end))
+        token_ids = np.concatenate([r.token_ids for r in rows]).astype(np.int32, copy=False) if rows else np.empty(0, np.int32)
+        with self._lock:
+            for r in rows:
+                r.sequence.reserve(len(r.token_ids))
+            tables = [r.sequence.table for r in rows]
+            logits: Floats = self._engine.step(token_ids, spans, tables, np.array(picked, np.int32))
+            for r in rows:
+                r.sequence.length += len(r.token_ids)
+            return logits
+
+
+def native(
+    plan: Plan, matrices: Mapping[str, PackedMatrix], vectors: Mapping[str, Floats], pool: KVPool, threads: int
+) -> Engine:
+    """The native engine that has been told the plan."""
+    index = {name: i for i, name in enumerate(plan.buffers)}
+    engine = Engine(list(plan.buffers.values()), pool.layout, threads)
+    for op in plan.ops:
+        match op:
+            case Embed():
+                engine.add_embed(index[op.out], matrices[op.token_table], vectors[op.position_table])
+            case Norm():
+                engine.add_norm(index[op.src], index[op.out], vectors[op.gain], vectors[op.bias], op.eps)
+            case Linear():
+                bias = None if op.bias is None else vectors[op.bias]
+                residual = -1 if op.residual is None else index[op.residual]
+                engine.add_linear(index[op.src], index[op.out], matrices[op.weight], bias, op.activation, residual)
+            case Attend():
+                engine.add_attend(index[op.src], index[op.out], op.layer, op.n_head, op.scale)
+            case PickRows():
+                engine.add_pick_rows(index[op.src], index[op.out])
+    return engine

@@ -1,0 +1,186 @@
+"""Every kernel of every SIMD level that this machine has, by name, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import reference
+from numpy.typing import NDArray
+
+from pyengine._native import simd
+from pyengine._native.activation import activate
+from pyengine._native.attention import attention
+from pyengine._native.matmul import PackedMatrix, matmul, quantize
+from pyengine._native.norm import layer_norm, softmax
+
+SIZES = [*range(1, 131), 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 24, 25, 47, 48, 49, 50, 96, 97, 130, 200]
+
+
+@pytest.fixture(params=simd.levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each SIMD level in turn, and the proof that it is the one that runs."""
+    before = simd.use(request.param)
+    assert simd.active() == request.param
+    yield request.param
+    simd.use(before)
+
+
+def pack(w: NDArray[np.float32], dtype: str) -> PackedMatrix:
+    packed = PackedMatrix(*w.shape, dtype)
+    assert packed.pack(w.view(np.uint8).reshape(-1), "F32", "out_in") == -1
+    return packed
+
+
+def ulp(got: NDArray[np.float32], exact: NDArray[np.float64], scale: NDArray[np.float64] | None = None) -> float:
+    """The largest error in units of the last place of `scale`, by default of the exact value."""
+    spacing = np.spacing(np.abs(exact if scale is None else scale).astype(np.float32)).astype(np.float64)
+    return float((np.abs(got.astype(np.float64) - exact) / spacing).max())
+
+
+def matmul_bound(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float64]:
+    """2 sqrt(K) eps sum |x w|: what rounding after each of K terms amounts to, with room for bad luck."""
+    k = x.shape[1]
+    return 2 * max(k, 4) ** 0.5 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w).T.astype(np.float64)) + 1e-40
+
+
+@pytest.mark.parametrize("n_row", ROWS)
+def test_matmul_float32_rows(level: str, n_row: int) -> None:
+    rng = np.random.default_rng(n_row)
+    for n_out, n_in in ((1, 1), (16, 7), (33, 64), (130, 100), (200, 33)):
+        x = rng.standard_normal((n_row, n_in)).astype(np.float32)
+        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        error = np.abs(matmul(x, pack(w, "float32"), 2) - x.astype(np.float64) @ w.T.astype(np.float64))
+        assert (error <= matmul_bound(x, w)).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_matmul_float32_sizes(level: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for n_out, n_in in ((n, 20), (20, n)):
+        x = rng.standard_cauchy((3, n_in)).astype(np.float32)
+        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        error = np.abs(matmul(x, pack(w, "float32")) - x.astype(np.float64) @ w.T.astype(np.float64))
+        assert (error <= matmul_bound(x, w)).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_matmul_int8_is_exact(level: str, n: int) -> None:
+    """With scales of 1 the product is the integer one, to the bit: no saturation anywhere."""
+    rng = np.random.default_rng(n)
+    for n_row, n_out, n_in in ((1, n, 20), (5, 20, n), (13, 17, n)):
+        w = rng.choice([-127, -126, 0, 1, 126, 127], (n_out, n_in)).astype(np.float32)
+        w[:, rng.integers(n_in)] = 127  # so that a column's scale is 1
+        x = rng.choice([0, 1, 128, 254, 255], (n_row, n_in)).astype(np.float32)
+        for start in range(0, n_in, 128):  # so that a group's scale is 1 and its zero point 0
+            width = min(128, n_in - start)
+            x[:, start] = 255
+            if width > 1:
+                x[:, start + 1] = 0
+        exact = x.astype(np.int64) @ w.T.astype(np.int64)
+        if n_in % 128 == 1:  # a group of one value has a scale of its own
+            np.testing.assert_allclose(matmul(x, pack(w, "int8")), exact, rtol=1e-5, atol=1)
+        else:
+            assert np.array_equal(matmul(x, pack(w, "int8")), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("n_row", ROWS)
+def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
+    """Quantised activations times quantised weights, summed in float64, is what comes out."""
+    rng = np.random.default_rng(n_row)
+    for n_out, n_in in ((16, 7), (40, 300), (130, 128), (65, 257)):
+        x = (rng.standard_normal((n_row, n_in)) + rng.standard_normal((n_row, 1))).astype(np.float32)
+        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        packed = pack(w, "int8")
+        weights = np.stack([packed.row(i) for i in range(n_out)]).astype(np.float64)
+        q, scale, zero = quantize(x)
+        group = np.arange(n_in) // 128
+        values = scale[:, group].astype(np.float64) * (q.astype(np.int64) - zero[:, group])
+        bound = 2.0**-22 * (np.abs(values) @ np.abs(weights).T)
+        assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= bound).all()
+        assert (np.abs(values - x) <= scale[:, group] * 0.75).all()
+        assert (np.abs(weights - w) <= np.abs(w).max(1, keepdims=True) / 127 * 0.501).all()
+
+
+def test_quantize_extremes(level: str) -> None:
+    x = np.zeros((7, 128), np.float32)
+    x[1] = 5.0  # constant
+    x[2] = 1e6 + np.arange(128)  # a small range far from zero
+    x[3, 0] = -1e30
+    x[4] = 1e-40
+    x[5, 3] = np.nan
+    x[6, 4] = np.inf
+    q, scale, zero = quantize(x)
+    values = scale.astype(np.float64) * (q.astype(np.int64) - zero)
+    assert np.array_equal(values[0], x[0])
+    np.testing.assert_allclose(values[1], x[1], rtol=1e-6)
+    np.testing.assert_allclose(values[2], x[2], rtol=2e-5)
+    np.testing.assert_allclose(values[3], x[3], rtol=1e-2)
+    np.testing.assert_allclose(values[4], x[4], atol=1e-29)
+    assert np.isnan(scale[5:]).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_layer_norm(level: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for offset in (0.0, 3.0, -1000.0):
+        x = (rng.standard_normal((4, n)) + offset).astype(np.float32)
+        gain, bias = rng.standard_normal((2, n)).astype(np.float32)
+        exact = reference.layer_norm(x.astype(np.float64), gain.astype(np.float64), bias.astype(np.float64), 1e-5)
+        row_scale = np.abs(exact).max(1, keepdims=True) + np.abs(bias).max()
+        assert ulp(layer_norm(x, gain, bias, 1e-5), exact, row_scale) <= 4
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_softmax(level: str, n: int) -> None:
+    x = (np.random.default_rng(n).standard_normal((4, n)) * 8).astype(np.float32)
+    exact = reference.softmax(x.astype(np.float64))
+    assert ulp(softmax(x), exact, exact.max(1, keepdims=True)) <= 4
+
+
+@pytest.mark.parametrize("kind", ["gelu_tanh", "gelu_erf", "gelu_sigmoid", "relu", "silu", "tanh"])
+def test_activations(level: str, kind: str) -> None:
+    """At most 2 ULP where float64 can tell; specials as they should be. Every size goes through the same code as size 1."""
+    x = np.concatenate([np.linspace(-4, 12, 40001), np.geomspace(1e-30, 10, 2001), -np.geomspace(1e-30, 4, 2001)])
+    x = x.astype(np.float32)
+    exact = np.concatenate([reference.ACTIVATIONS[kind](part.astype(np.float64)) for part in np.array_split(x, 50)])
+    assert ulp(activate(kind, x), exact) <= 2
+    for n in range(1, 131):
+        assert np.array_equal(activate(kind, x[7000 : 7000 + n]), activate(kind, x)[7000 : 7000 + n])
+    special = activate(kind, np.array([np.inf, -np.inf, np.nan, 0, 3e38, -3e38], np.float32))
+    bounded = kind == "tanh"
+    assert special[0] == (1 if bounded else np.inf) and special[1] == (-1 if bounded else 0)
+    assert np.isnan(special[2]) and special[3] == 0
+    assert special[4] == (1 if bounded else np.float32(3e38)) and special[5] == (-1 if bounded else 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 63, 64, 65, 66, 100, 127, 128, 129, 200])
+def test_attention(level: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64)):
+        qkv = rng.standard_normal((n, (n_head + 2 * n_kv_head) * head_dim)).astype(np.float32) * 2
+        exact = reference.attention(qkv.astype(np.float64), n_head, n_kv_head, head_dim, head_dim**-0.5)
+        np.testing.assert_allclose(attention(qkv, n_head, n_kv_head, head_dim, head_dim**-0.5, 2), exact, atol=2e-5)
+
+
+def test_same_bits_across_levels() -> None:
+    """All levels with FMA give the same bits; the portable one doesn't, so the comparison can fail."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((19, 300)).astype(np.float32) * 3
+    w = rng.standard_normal((200, 300)).astype(np.float32)
+    qkv = rng.standard_normal((150, 3 * 96)).astype(np.float32)
+    got = {}
+    for name in simd.levels():
+        before = simd.use(name)
+        results = [matmul(x, pack(w, "float32")), matmul(x, pack(w, "int8")), layer_norm(x, w[0], w[1], 1e-5), softmax(x)]
+        results += [activate(kind, x.reshape(-1)) for kind in ("gelu_tanh", "gelu_erf", "gelu_sigmoid", "silu", "tanh")]
+        results.append(attention(qkv, 3, 3, 32, 0.2))
+        got[name] = [r.tobytes() for r in results]
+        simd.use(before)
+    portable = got.pop("portable")
+    for name, result in got.items():
+        assert result == next(iter(got.values())), name
+    if got:
+        assert portable != next(iter(got.values()))
