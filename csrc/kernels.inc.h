@@ -383,8 +383,8 @@ static void softmax(const float *x, int64_t n, float *y)
     }
 }
 
-/* As many accumulators as the level's tiles of one panel have: fewer would wait for each other, more would not fit. All lanes
- * and weights differ and the activations are forgotten, or a compiler would compute once what is the same everywhere. */
+/* As many accumulators as the level's tiles of one panel have: fewer would wait for each other, more would not fit. All
+ * lanes and weights differ and the activations are forgotten, or a compiler would compute only once what is the same. */
 static float spin_f32(int64_t n)
 {
     enum { LIVE = PE_F32_ROWS_1 < PE_SPIN ? PE_F32_ROWS_1 : PE_SPIN };

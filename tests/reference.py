@@ -32,7 +32,9 @@ def sigmoid(x: Array) -> Array:
 
 
 def erfc(x: Array) -> Array:
-    """The complementary error function, to about 1e-16 absolutely: by its Maclaurin series near 0, by Simpson's rule beyond."""
+    """The complementary error function, to about 1e-16 absolutely: by its Maclaurin series near 0, by Simpson's rule
+    beyond.
+    """
     t = np.linspace(0, 1, 2001)
     weight = np.where(np.arange(2001) % 2, 4.0, 2.0)
     weight[[0, -1]] = 1.0
@@ -64,7 +66,9 @@ def attention(qkv: Array, n_head: int, n_kv_head: int, head_dim: int, scale: flo
 
 
 def run(plan: Plan, weights: Mapping[str, Array], token_ids: NDArray[np.integer]) -> dict[str, Array]:
-    """Every buffer as it is at the end; the logits are those of all positions. weights: the plan's names, matrices [n_out, n_in]."""
+    """Every buffer as it is at the end; the logits are those of all positions. weights: the plan's names, matrices
+    [n_out, n_in].
+    """
     b: dict[str, Array] = {}
     for op in plan.ops:
         match op:

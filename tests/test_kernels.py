@@ -142,7 +142,9 @@ def test_softmax(level: str, n: int) -> None:
 
 @pytest.mark.parametrize("kind", ["gelu_tanh", "gelu_erf", "gelu_sigmoid", "relu", "silu", "tanh"])
 def test_activations(level: str, kind: str) -> None:
-    """At most 2 ULP where float64 can tell; specials as they should be. Every size goes through the same code as size 1."""
+    """At most 2 ULP where float64 can tell; specials as they should be. Every size goes through the same code as size
+    1.
+    """
     x = np.concatenate([np.linspace(-4, 12, 40001), np.geomspace(1e-30, 10, 2001), -np.geomspace(1e-30, 4, 2001)])
     x = x.astype(np.float32)
     exact = np.concatenate([reference.ACTIVATIONS[kind](part.astype(np.float64)) for part in np.array_split(x, 50)])
@@ -174,7 +176,12 @@ def test_same_bits_across_levels() -> None:
     got = {}
     for name in simd.levels():
         before = simd.use(name)
-        results = [matmul(x, pack(w, "float32")), matmul(x, pack(w, "int8")), layer_norm(x, w[0], w[1], 1e-5), softmax(x)]
+        results = [
+            matmul(x, pack(w, "float32")),
+            matmul(x, pack(w, "int8")),
+            layer_norm(x, w[0], w[1], 1e-5),
+            softmax(x),
+        ]
         results += [activate(kind, x.reshape(-1)) for kind in ("gelu_tanh", "gelu_erf", "gelu_sigmoid", "silu", "tanh")]
         results.append(attention(qkv, 3, 3, 32, 0.2))
         got[name] = [r.tobytes() for r in results]

@@ -1,5 +1,5 @@
-/* 64-bit Arm with Advanced SIMD and the dot product extension: Neoverse, Cortex-A75 and later, Apple silicon. A vector is
- * four q registers. sdot multiplies signed by signed bytes, so activations become q - 128 (PE_Q8_ORIGIN). */
+/* 64-bit Arm with Advanced SIMD and the dot product extension: Neoverse, Cortex-A75 and later, Apple silicon. A vector
+ * is four q registers. sdot multiplies signed by signed bytes, so activations become q - 128 (PE_Q8_ORIGIN). */
 #include "../level.h"
 
 #if PE_ARM64
@@ -140,8 +140,8 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 #define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 128
 
-/* Rows of a tile, by how many panels wide it is: four registers an accumulator, 32 registers in all, of which compilers want
- * a few for themselves. For many rows of int8, two panels share what it costs to spread an activation. */
+/* Rows of a tile, by how many panels wide it is: four registers an accumulator, 32 registers in all, of which compilers
+ * want a few for themselves. For many rows of int8, two panels share what it costs to spread an activation. */
 #define PE_F32_ROWS_1 5
 #define PE_F32_ROWS_2 2
 #define PE_F32_ROWS_4 1

@@ -1,0 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
+ACTIVATIONS: dict[str | None, int]
+
+def activate(kind: str | None, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]: ...

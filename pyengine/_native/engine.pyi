@@ -1,0 +1,32 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .attention import KVLayout
+from .matmul import PackedMatrix
+
+Floats = NDArray[np.float32]
+
+class Engine:
+    def __init__(self, widths: Sequence[int], layout: KVLayout, n_threads: int) -> None: ...
+    def add_embed(self, out: int, table: PackedMatrix, positions: Floats) -> None: ...
+    def add_norm(self, src: int, out: int, gain: Floats, bias: Floats, eps: float) -> None: ...
+    def add_linear(
+        self,
+        src: int,
+        out: int,
+        weight: PackedMatrix,
+        bias: Floats | None = None,
+        activation: str | None = None,
+        residual: int = -1,
+    ) -> None: ...
+    def add_attend(self, src: int, out: int, layer: int, n_head: int, scale: float) -> None: ...
+    def add_pick_rows(self, src: int, out: int) -> None: ...
+    def step(
+        self,
+        token_ids: NDArray[np.int32],
+        spans: NDArray[np.int64],
+        tables: Sequence[NDArray[np.uintp]],
+        picked: NDArray[np.int32],
+    ) -> Floats: ...

@@ -1,0 +1,117 @@
+"""An executor without a model: logits from a table of random numbers for the last two tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+
+from pyengine.executor import Rows
+
+
+class FakeSequence:
+    """Keeps its tokens; the executor counts the open ones."""
+
+    def __init__(self, executor: FakeExecutor, token_ids: SequenceOf[int] = ()) -> None:
+        self.executor = executor
+        self.token_ids = list(token_ids)
+        self.open = True
+        executor.n_open += 1
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def fork(self) -> FakeSequence:
+        assert self.open
+        self.executor.n_fork += 1
+        return FakeSequence(self.executor, self.token_ids)
+
+    def close(self) -> None:
+        self.executor.n_open -= self.open
+        self.open = False
+
+
+class FakeExecutor:
+    """`logits_of` maps a token list to float [n, vocab_size], a row for each token; by default from the table."""
+
+    def __init__(
+        self,
+        vocab_size: int = 50,
+        max_seq_len: int = 64,
+        max_rows: int = 16,
+        logits_of: Callable[[list[int]], Any] | None = None,
+    ) -> None:
+        self.vocab_size, self.max_seq_len, self.max_rows = vocab_size, max_seq_len, max_rows
+        self.table = 2.0 * np.random.default_rng(7).standard_normal((vocab_size + 1, vocab_size, vocab_size))
+        self.logits_of = logits_of or self.from_table
+        self.n_open = self.n_fork = 0
+        self.steps: list[list[int]] = []  # rows of each sequence in each step
+        self.fail_at: int | None = None  # the step that raises `error`
+        self.error: BaseException = KeyboardInterrupt()
+        self.logits = np.empty((0, vocab_size), np.float32)
+
+    def from_table(self, token_ids: list[int]) -> Any:
+        return self.table[[self.vocab_size, *token_ids[:-1]], token_ids]
+
+    def new_sequence(self) -> FakeSequence:
+        return FakeSequence(self)
+
+    def step(self, rows: SequenceOf[Rows]) -> Any:
+        self.logits.fill(np.nan)  # the last step's are no longer valid
+        if self.fail_at == len(self.steps):
+            raise self.error
+        self.steps.append([len(r.token_ids) for r in rows])
+        assert 1 <= sum(self.steps[-1]) <= self.max_rows
+        assert len({id(r.sequence) for r in rows}) == len(rows)
+        found = []
+        for r in rows:
+            sequence: Any = r.sequence
+            assert sequence.open and r.token_ids.dtype == np.int32
+            sequence.token_ids += r.token_ids.tolist()
+            assert sequence.length <= self.max_seq_len
+            found += list(self.logits_of(sequence.token_ids)[sequence.length - r.n_logits :])
+        padded = np.empty((len(found), self.vocab_size + 3), np.float32)  # as the engine's: rows lie further apart
+        self.logits = padded[:, : self.vocab_size]
+        self.logits[:] = np.array(found).reshape(-1, self.vocab_size)
+        return self.logits
+
+
+class LetterTokenizer:
+    """Token ids are UTF-8 bytes, so that a character can span tokens."""
+
+    def stream(self) -> LetterStream:
+        return LetterStream()
+
+
+class LetterStream:
+    def __init__(self) -> None:
+        self.bytes = b""
+
+    def push(self, token_id: int) -> str:
+        self.bytes += bytes([token_id])
+        try:
+            text = self.bytes.decode()
+        except UnicodeDecodeError:
+            return ""
+        self.bytes = b""
+        return text
+
+    def flush(self) -> str:
+        text, self.bytes = self.bytes.decode(errors="replace"), b""
+        return text
+
+
+def saying(text: str | bytes) -> FakeExecutor:
+    """An executor that, token by token, says the bytes of `text` after a prompt of one token."""
+    data = text.encode() if isinstance(text, str) else text
+
+    def logits_of(token_ids: list[int]) -> Any:
+        logits = np.zeros((len(token_ids), 256))
+        for i in range(len(token_ids)):
+            logits[i, data[i] if i < len(data) else 0] = 100.0
+        return logits
+
+    return FakeExecutor(256, 1000, logits_of=logits_of)

@@ -1,0 +1,199 @@
+/* dump SEED: runs every kernel of every SIMD level that this CPU has on made-up inputs and hashes each result's bits,
+ * in lines "level kernel size hash". Inputs come from integers alone: all machines make the same; NaN is one NaN. */
+#include "kernels.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define COUNT(list) ((int)(sizeof(list) / sizeof *(list)))
+#define EACH(name, list) (int at_##name = 0, name; at_##name < COUNT(list) && (name = list[at_##name], 1); at_##name++)
+
+#define HASH_START UINT64_C(0xcbf29ce484222325) /* FNV-1a */
+enum { N = 1 << 17 };
+static _Alignas(64) float x[N], w[N], y[N], extra[N];
+static _Alignas(64) int8_t packed[N];
+static uint8_t bytes[N];
+static int16_t sums[N];
+static int32_t zeros[N];
+static uint32_t source[N], random_state;
+static float scales[N], column_scales[N];
+static uint64_t hash = HASH_START;
+static const pe_kernels *level;
+
+static uint32_t next(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+/* offset + scale * [-1, 1) */
+static void fill(float *to, int64_t n, float scale, float offset)
+{
+    for (int64_t i = 0; i < n; i++)
+        to[i] = (float)((int32_t)(next() >> 8) - (1 << 23)) * 0x1p-23f * scale + offset;
+}
+
+static void hash_bytes(const void *from, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        hash = (hash ^ ((const uint8_t *)from)[i]) * UINT64_C(0x100000001b3);
+}
+
+static void hash_floats(const float *from, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const float value = from[i] == from[i] ? from[i] : NAN;
+        hash_bytes(&value, sizeof value);
+    }
+}
+
+/* Of what was hashed since the last line. */
+static void line(const char *kernel, int a, int b, int c)
+{
+    printf("%s %s %dx%dx%d %016" PRIx64 "\n", level->name, kernel, a, b, c, hash);
+    hash = HASH_START;
+}
+
+static const int ROWS[] = {1, 2, 3, 4, 5, 6, 7, 11, 13}, PANELS[] = {1, 2, 3, 4, 7};
+static const int LENGTHS[] = {1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 300, 1025};
+
+/* Bias or none, residual or none take turns. The first panel is left out. */
+static pe_output output(int turn, int64_t stride)
+{
+    fill(y, N / 8, 1, 0);
+    return (pe_output){turn & 1 ? extra : 0, turn & 2 ? extra + 999 : 0, stride + 1, y, stride};
+}
+
+static void matmuls(void)
+{
+    static const int DEPTHS[] = {1, 3, 4, 127, 128, 130, 300};
+    int turn = 0;
+    fill(extra, N, 2, 0);
+    for EACH(n_panel, PANELS) for EACH(n_row, ROWS) for EACH(k, DEPTHS) {
+        const int64_t n_group = (k + PE_GROUP - 1) / PE_GROUP;
+        const int64_t stride = (n_panel + 1) * PE_LANES, n_out = n_row * stride;
+        const pe_weights_f32 weights = {w, k};
+        const pe_weights_q8 weights_q8 = {packed, sums, column_scales, k};
+        const pe_rows_q8 rows = {bytes + 1, scales, zeros, n_group * PE_GROUP};
+        const pe_output to = output(turn++, stride);
+        fill(x, n_row * k + 1, 1, turn % 3 ? 0 : 50);
+        fill(w, k * stride, 1, 0);
+        level->matmul_f32(x + 1, k, n_row, &weights, 1, n_panel, &to);
+        hash_floats(y, n_out);
+        line("matmul_f32", n_row, n_panel, k);
+        level->accumulate_f32(x, k, n_row, (k + 1) / 2, &weights, n_panel, extra, y, stride);
+        hash_floats(y, n_out);
+        line("accumulate_f32", n_row, n_panel, k);
+        for (int p = 0; p <= n_panel; p++)
+            level->pack_q8(w + (int64_t)p * k * PE_LANES, k, packed + p * ((k + 3) / 4 * 4 * PE_LANES),
+                           column_scales + p * PE_LANES, sums + p * n_group * PE_LANES);
+        for (int r = 0; r < n_row; r++)
+            level->quantize_q8(x + r * k, k, bytes + 1 + r * rows.stride, scales + r * n_group, zeros + r * n_group);
+        level->matmul_q8(&rows, n_row, &weights_q8, 1, n_panel, &to);
+        hash_floats(y, n_out);
+        line("matmul_q8", n_row, n_panel, k);
+    }
+}
+
+/* Rows of many sizes, then one that steps through all bit patterns: zeros, subnormals, infinities, NaN. */
+static void activations(void)
+{
+    for (int kind = PE_ACT_NONE; kind <= PE_ACT_TANH; kind++) {
+        for EACH(n, LENGTHS) {
+            fill(y, n, (float)(1 + n % 16), 0);
+            level->activate((pe_activation)kind, y, n);
+            hash_floats(y, n);
+            line("activate", kind, n, 0);
+        }
+        for (uint32_t i = 0; i < 1 << 15; i++) {
+            const uint32_t bits = (i << 17) + (i % 5 ? next() & 0xffff : 0);
+            memcpy(&y[i], &bits, sizeof bits);
+        }
+        level->activate((pe_activation)kind, y, 1 << 15);
+        hash_floats(y, 1 << 15);
+        line("activate", kind, 1 << 15, 1);
+    }
+}
+
+/* Kernels of one row: usual values, a far mean, tiny, huge, one constant, and one NaN or infinity among them. */
+static void rows(void)
+{
+    static const float SCALES[] = {1, 1, 1e-38f, 3e38f, 0, 10, 10}, OFFSETS[] = {0, 1000, 0, 0, 5, 0, 0};
+    for (int kind = 0; kind < COUNT(SCALES); kind++) for EACH(n, LENGTHS) {
+        fill(x, n, SCALES[kind], OFFSETS[kind]);
+        if (kind >= 5)
+            x[n / 2] = kind == 5 ? NAN : -INFINITY;
+        fill(w, n + 1, 1, 1);
+        level->quantize_q8(x, n, bytes, scales, zeros);
+        hash_bytes(bytes, n);
+        hash_floats(scales, (n + PE_GROUP - 1) / PE_GROUP);
+        hash_bytes(zeros, (n + PE_GROUP - 1) / PE_GROUP * 4);
+        line("quantize_q8", n, kind, 0);
+        level->layer_norm(x, n, w, w + 1, 1e-5f, y);
+        hash_floats(y, n);
+        line("layer_norm", n, kind, 0);
+        level->softmax(x, n, y);
+        hash_floats(y, n);
+        line("softmax", n, kind, 0);
+        y[0] = level->max(x, n);
+        hash_floats(y, 1);
+        line("max", n, kind, 0);
+        const double sum = level->exp_sum(x, n, OFFSETS[kind], 0.7f, y), canonical = sum == sum ? sum : NAN;
+        hash_bytes(&canonical, sizeof canonical);
+        hash_floats(y, n);
+        line("exp_sum", n, kind, 0);
+    }
+    for (int n = 1; n <= PE_PAGE; n++) {
+        float state[2 * PE_LANES] = {-INFINITY};
+        for (int block = 0; block < 3; block++) {
+            fill(x, PE_PAGE, 30, 0);
+            y[PE_PAGE] = level->softmax_block(x, block ? n : PE_PAGE, 0.3f, state, y);
+            hash_floats(y, PE_PAGE + 1);
+        }
+        hash_floats(state + PE_LANES, PE_LANES);
+        line("softmax_block", n, 0, 0);
+        level->softmax_end(state, x, n);
+        hash_floats(x, n);
+        line("softmax_end", n, 0, 0);
+    }
+}
+
+static void packing(void)
+{
+    for EACH(k, LENGTHS) for (int kind = 0; kind < 6; kind++) {
+        const int dtype = kind % 3, part = kind / 3; /* all 16 columns, or 5 that lie the other way */
+        for (int64_t i = 0; i < k * PE_LANES; i++)
+            source[i] = next() & (i % 7 ? 0xbf7fbf7f : UINT32_MAX); /* most of them finite */
+        w[k * PE_LANES] = (float)(part ? level->load_panel(source, (pe_dtype)dtype, k, 1, 5, k, w)
+                                       : level->load_panel(source, (pe_dtype)dtype, k, PE_LANES, PE_LANES, 1, w));
+        hash_floats(w, k * PE_LANES + 1);
+        line("load_panel", k, dtype, part);
+        fill(w, k * PE_LANES, dtype == 1 ? 1e-33f : 3, 0);
+        for (int64_t i = 0; i < k && part; i++)
+            w[i * PE_LANES + 3] = 0;
+        level->pack_q8(w, k, packed, scales, sums);
+        hash_bytes(packed, (k + 3) / 4 * 4 * PE_LANES);
+        hash_floats(scales, PE_LANES);
+        hash_bytes(sums, (k + PE_GROUP - 1) / PE_GROUP * PE_LANES * 2);
+        line("pack_q8", k, dtype, part);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    for (int i = 0; (level = pe_level(i)) != 0; i++) {
+        if (level->requires & ~pe_cpu_features())
+            continue;
+        random_state = (uint32_t)atoi(argv[argc - 1]);
+        matmuls();
+        activations();
+        rows();
+        packing();
+    }
+    return 0;
+}

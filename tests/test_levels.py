@@ -1,0 +1,97 @@
+"""All SIMD levels with FMA give the same bits: a small C program (levels/dump.c) hashes what every kernel gives, here
+and, where Debian's cross compiler and qemu-user are installed, as 64-bit Arm."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [ROOT / "tests" / "levels" / "dump.c", ROOT / "csrc" / "cpu.c", *sorted((ROOT / "csrc" / "isa").glob("*.c"))]
+LEVELS = [path.stem for path in SOURCES[2:]]
+CFLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno"]  # as in setup.py
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+
+Dump = Callable[[int], dict[str, dict[str, str]]]
+
+
+def build(compiler: list[str], folder: Path) -> str:
+    """Path of levels/dump.c, compiled with all levels."""
+    program = str(folder / "dump")
+    defines = ["-DPE_LEVELS=" + " ".join(f"PE_LEVEL({level})" for level in LEVELS), f"-I{ROOT / 'csrc'}"]
+    command = [*compiler, *CFLAGS, *defines, *map(str, SOURCES), "-o", program, "-lm"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return program
+
+
+def run(*command: str) -> dict[str, dict[str, str]]:
+    """{level: {"kernel size": hash}}"""
+    hashes: dict[str, dict[str, str]] = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        level, kernel, size, value = line.split()
+        hashes.setdefault(level, {})[f"{kernel} {size}"] = value
+    return hashes
+
+
+def different(a: dict[str, str], b: dict[str, str]) -> set[str]:
+    """The "kernel size" keys whose hashes aren't the same in both."""
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"needs a C compiler ({compiler[0]})")
+    program = build(compiler, tmp_path_factory.mktemp("native"))
+    return lambda seed: run(program, str(seed))
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    for tool in (ARM_COMPILER, ARM_EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool} (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)")
+    program = build([ARM_COMPILER, "-static"], tmp_path_factory.mktemp("arm"))
+    return lambda seed: run(ARM_EMULATOR, "-cpu", "max", program, str(seed))
+
+
+def test_every_kernel_is_hashed(native: Dump) -> None:
+    table = (ROOT / "csrc" / "kernels.h").read_text().split("typedef struct pe_kernels {")[1]
+    entries = set(re.findall(r"\(\*(\w+)\)\(", table)) - {"spin_f32", "spin_q8", "read"}  # their results mean nothing
+    assert {key.split()[0] for key in native(1)["portable"]} == entries
+
+
+def test_levels_give_the_same_bits(native: Dump) -> None:
+    levels = native(1)
+    portable, fused = levels.pop("portable"), list(levels)
+    if len(fused) < 2:
+        pytest.skip(f"needs a CPU with two levels that have FMA (it has {fused})")
+    for name in fused[1:]:
+        assert different(levels[name], levels[fused[0]]) == set(), f"{name} against {fused[0]}"
+    # The comparison can fail: without FMA long sums round twice, and little else differs.
+    kernels = {key.split()[0] for key in different(portable, levels[fused[0]])}
+    assert {"matmul_f32", "matmul_q8", "accumulate_f32", "layer_norm"} <= kernels
+    assert not kernels & {"quantize_q8", "pack_q8", "load_panel", "max"}
+
+
+def test_hashes_depend_on_the_input(native: Dump) -> None:
+    for name, hashes in native(1).items():
+        kernels = {key.split()[0] for key in hashes}
+        assert {key.split()[0] for key in different(hashes, native(2)[name])} == kernels, name
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_neon_gives_the_same_bits(native: Dump, arm: Dump, seed: int) -> None:
+    here, there = native(seed), arm(seed)
+    if "avx2" not in here:
+        pytest.skip(f"needs a CPU with AVX2 to compare with (it has {list(here)})")
+    assert set(there) == {"neon", "portable"}
+    assert different(there["neon"], here["avx2"]) == set()
+    assert different(there["portable"], here["portable"]) == set()

@@ -1,0 +1,400 @@
+"""The sampler: the native row operations against plain numpy, the draw's distribution, and the arguments' checks."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pyengine._native import simd
+from pyengine._native.sampling import Workspace, philox4x32, token_logprobs, uniform
+from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from pyengine.sampling import Sampler, SamplingParams
+
+NONE = np.empty(0, np.int32)
+SIZES = [1, 2, 3, 31, 63, 64, 65, 97, 129, 511, 513, 2049, 5000]
+FMA_LEVELS = [level for level in simd.levels() if level != "portable"]
+
+
+def rows(vocab_size: int) -> dict[str, NDArray[np.float32]]:
+    """Rows that a filter could trip over."""
+    rng = np.random.default_rng(vocab_size)
+    normal = rng.standard_normal(vocab_size)
+    banned = normal.copy()
+    banned[rng.random(vocab_size) < 0.5] = -np.inf
+    banned[0] = 0.0
+    peaked = normal.copy()
+    peaked[-1] = 40.0
+    return {
+        name: row.astype(np.float32)
+        for name, row in {
+            "normal": normal,
+            "ties": np.round(normal * 2) / 2,
+            "constant": np.full(vocab_size, -3.5),
+            "flat": normal * 1e-3,
+            "wide": normal * 100,
+            "shifted": normal * 3 - 1000,
+            "peaked": peaked,
+            "peak over a plain": np.where(np.arange(vocab_size) == vocab_size // 2, 8.0, normal * 1e-4),
+            "banned": banned,
+            "far apart": np.where(rng.random(vocab_size) < 0.5, normal, -1e30 * np.abs(normal) - 1),
+            "subnormal": normal * 1e-40,
+        }.items()
+    }
+
+
+def expected_probabilities(
+    logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float
+) -> NDArray[np.float64]:
+    """The filters as they are defined, in float64 with a full sort."""
+    x = logits.astype(np.float64)
+    if 0 < top_k < len(x):
+        x[x < np.sort(x)[-top_k]] = -np.inf
+    probs = np.exp((x - x.max()) / temperature)
+    probs /= probs.sum()
+    order = np.argsort(-x, kind="stable")
+    cumulative = np.cumsum(probs[order])
+    # float32 weights can't tell these apart: such a case shows nothing.
+    if top_p < 1 and np.abs(cumulative - top_p).min() < 1e-6:
+        pytest.skip("the mass of the first tokens is all but top_p")
+    last = order[np.searchsorted(cumulative, top_p)] if top_p < 1 else order[-1]
+    kept = (x >= x[last]) & (probs >= min_p * probs.max())
+    probs = np.where(kept, probs, 0.0)
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_vectors(counter: Any, key: Any, words: Any) -> None:
+    assert philox4x32(counter, key) == words
+
+
+def test_uniform_is_a_function_of_each_of_its_arguments() -> None:
+    seen = {uniform(seed, sample, n) for seed in (0, 1, 2**63) for sample in range(5) for n in (0, 1, 2**33)}
+    assert len(seen) == 45
+    assert all(0 <= number < 1 for number in seen)
+    assert uniform(7, 1, 2) == uniform(7, 1, 2)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
+def test_top_equals_a_full_sort(vocab_size: int, kind: str) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    order = np.lexsort((np.arange(vocab_size), -row))
+    order = order[row[order] > -np.inf]
+    for k in (0, 1, 2, 7, 50, 600, vocab_size, vocab_size + 1):
+        token_ids, values = work.top(row, k)
+        np.testing.assert_array_equal(token_ids, order[:k])
+        np.testing.assert_array_equal(values, row[order[:k]])
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 5, 1.0, 0.0),
+        (1.0, 700, 1.0, 0.0),
+        (1.0, 0, 0.95, 0.0),
+        (1.3, 0, 0.47, 0.0),
+        (1.0, 0, 1e-9, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (0.8, 40, 0.9, 0.05),
+        (1e-3, 3, 0.9, 0.0),
+        (50.0, 0, 0.3, 0.2),
+    ],
+)
+def test_filters_equal_their_definition(
+    vocab_size: int, kind: str, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    row = rows(vocab_size)[kind]
+    expected = expected_probabilities(row, temperature, top_k, top_p, min_p)
+    got = Workspace(vocab_size).probabilities(row, temperature, top_k, top_p, min_p)
+    visible = expected > 1e-30  # float32 weights end at 1e-38
+    np.testing.assert_array_equal(got[visible] > 0, True)
+    np.testing.assert_array_equal(got[expected == 0], 0)
+    np.testing.assert_allclose(got[visible], expected[visible], rtol=2e-5)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize("top_p", [1 - 1e-6, 1 - 1e-12, 1 - 2**-53])
+def test_top_p_next_to_1_drops_no_more_than_the_rest(vocab_size: int, kind: str, top_p: float) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    everything, got = work.probabilities(row, 1.0, 0, 1.0, 0.0), work.probabilities(row, 1.0, 0, top_p, 0.0)
+    assert everything[got == 0].sum() <= (1 - top_p) + 1e-12
+    assert row[got > 0].min() > row[(got == 0) & (everything > 0)].max(initial=-np.inf)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_tiny_and_huge_temperatures(top_k: int) -> None:
+    row, work = np.array([1, 3, 2, -np.inf, 3], np.float32), Workspace(5)
+    np.testing.assert_allclose(work.probabilities(row, 1e-300, top_k, 1.0, 0.0), [0, 0.5, 0, 0, 0.5])
+    hot = work.probabilities(row, 1e300, top_k, 1.0, 0.0)
+    np.testing.assert_allclose(hot, [0, 1 / 3, 1 / 3, 0, 1 / 3] if top_k else [0.25, 0.25, 0.25, 0, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.0), (1.5, 20, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.9, 30, 0.9, 0.02)],
+)
+def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    n = 200_000
+    row, work = rows(600)["normal"], Workspace(600)
+    probs = work.probabilities(row, temperature, top_k, top_p, min_p)
+    numbers = [uniform(3, 0, i) for i in range(n)]
+    drawn = [work.draw(row, temperature, top_k, top_p, min_p, number) for number in numbers]
+    counts = np.bincount(drawn, minlength=600)
+    kept = probs > 0
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts[kept] - n * probs[kept]) ** 2 / (n * probs[kept])).sum()
+    freedom = kept.sum() - 1
+    # Wilson & Hilferty 1931: the cube root is close to normal, where chi-square itself is skewed.
+    deviations = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert abs(deviations) < 4
+    np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(probs), numbers, side="right"))
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    row, work = rows(5000)["normal"], Workspace(5000)
+    cumulative = np.cumsum(work.probabilities(row, 1.0, 0, 1.0, 0.0))
+    for number in [0.0, 0.1, 0.25, 0.5, 0.999, 1 - 2**-53]:
+        token_id = work.draw(row, 1.0, 0, 1.0, 0.0, number)
+        assert abs(token_id - np.searchsorted(cumulative, number, side="right")) <= (number > 0.9999)
+
+
+def test_draw_never_gives_a_token_of_probability_zero() -> None:
+    row = np.full(1200, -np.inf, np.float32)
+    row[700] = 0.0
+    work = Workspace(1200)
+    assert {work.draw(row, 1.0, 0, 1.0, 0.0, number) for number in (0.0, 0.5, 1 - 2**-53)} == {700}
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+def test_logsumexp_and_token_logprobs(vocab_size: int) -> None:
+    for name, row in rows(vocab_size).items():
+        exact = row.astype(np.float64)
+        exact = exact.max() + np.log(np.exp(exact - exact.max()).sum())
+        assert Workspace(vocab_size).logsumexp(row) == pytest.approx(exact, rel=1e-6, abs=1e-6), name
+        token_id = int(row.argmax())
+        padded = np.zeros((2, vocab_size + 5), np.float32)
+        padded[:, :vocab_size] = row
+        got = token_logprobs(padded[:, :vocab_size], np.array([token_id] * 2, np.int32))
+        np.testing.assert_allclose(got, row[token_id] - exact, rtol=1e-6, atol=1e-6)
+
+
+def test_argmax_takes_the_lowest_id_of_those_that_tie() -> None:
+    row = np.zeros(1000, np.float32)
+    row[[300, 700, 999]] = 2.0
+    assert Workspace(1000).argmax(row) == 300
+
+
+def test_penalties_follow_their_formulas() -> None:
+    row = np.array([2.0, -2.0, 1.0, 0.5, -1.0, 3.0, 4.0], np.float32)
+    prompt, generated = np.array([0, 1, 1], np.int32), array("i", [2, 4, 2, 1])
+    bias_ids, bias = np.array([6, 5], np.int32), np.array([-np.inf, 0.25], np.float32)
+    work = Workspace(7)
+    for _ in range(2):  # nothing stays behind
+        got = work.adjust(row, 0.0, prompt, generated, 2.0, 0.5, 0.125, bias_ids, bias)
+        once, twice = 0.5 + 0.125, 0.5 + 0.25
+        expected = [1.0, -4.0 - once, 0.5 - twice, 0.5, -2.0 - once, 3.25, -np.inf]
+        np.testing.assert_array_equal(got, np.array(expected, np.float32))
+    np.testing.assert_array_equal(work.adjust(row, 1.5, NONE, NONE, 1.0, 0.0, 0.0, NONE, bias[:0]), row - 1.5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 100])
+def test_logits_that_cannot_be_used_are_refused(value: float, vocab_size: int) -> None:
+    work = Workspace(vocab_size)
+    for i in range(vocab_size):
+        row = np.zeros(vocab_size, np.float32)
+        row[i] = value
+        for call in (
+            lambda row=row: work.logsumexp(row),
+            lambda row=row: work.argmax(row),
+            lambda row=row: work.top(row, 2),
+            lambda row=row: work.draw(row, 1.0, 2, 0.9, 0.1, 0.5),
+            lambda row=row: token_logprobs(row[None], np.zeros(1, np.int32)),
+        ):
+            with pytest.raises(NonFiniteError, match=f"1 of {vocab_size} NaN or \\+inf, the first at token id {i} "):
+                call()
+
+
+def test_a_row_without_any_possible_token_is_refused() -> None:
+    row = np.full(9, -np.inf, np.float32)
+    with pytest.raises(NonFiniteError, match="every one is -inf"):
+        Workspace(9).draw(row, 1.0, 0, 1.0, 0.0, 0.5)
+
+
+def test_sizes_and_ids_are_checked() -> None:
+    work, row = Workspace(9), np.zeros(9, np.float32)
+    with pytest.raises(ArgumentError, match="expected 9"):
+        work.argmax(np.zeros(8, np.float32))
+    for bad in (-1, 9):
+        ids = np.array([0, bad], np.int32)
+        with pytest.raises(ArgumentError, match=rf"token_ids\[1\]: expected 0 to 8, got {bad}"):
+            work.adjust(row, 0.0, ids, NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+        with pytest.raises(ArgumentError, match="expected 0 to 8"):
+            token_logprobs(np.zeros((2, 9), np.float32), ids)
+
+
+@pytest.mark.skipif(len(FMA_LEVELS) < 2, reason="needs two SIMD levels with FMA")
+def test_all_simd_levels_give_the_same_bits() -> None:
+    row, work = rows(5000)["normal"], Workspace(5000)
+    results = []
+    before = simd.active()
+    try:
+        for level in FMA_LEVELS:
+            simd.use(level)
+            probs = work.probabilities(row, 0.9, 0, 0.95, 0.001)
+            draws = [work.draw(row, 0.9, 0, 0.95, 0.001, uniform(1, 0, i)) for i in range(100)]
+            results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws))
+    finally:
+        simd.use(before)
+    assert [result[0] for result in results] == FMA_LEVELS
+    assert all(result[1:] == results[0][1:] for result in results)
+
+
+def draws(params: SamplingParams, n: int = 20, sample_index: int = 0) -> list[int]:
+    sampler = Sampler(params, Workspace(600), NONE, sample_index)
+    return [sampler.sample(rows(600)["normal"]).token_id for _ in range(n)]
+
+
+def test_the_seed_decides() -> None:
+    assert draws(SamplingParams(seed=5)) == draws(SamplingParams(seed=5))
+    assert draws(SamplingParams(seed=5)) != draws(SamplingParams(seed=6))
+    assert draws(SamplingParams(seed=5)) != draws(SamplingParams(seed=5), sample_index=1)
+    assert draws(SamplingParams()) != draws(SamplingParams())
+    assert len(set(draws(SamplingParams(seed=5)))) > 10
+
+
+def test_temperature_0_is_the_largest_logit_after_penalties() -> None:
+    row = rows(600)["normal"]
+    order = np.argsort(-row)
+    assert draws(SamplingParams(temperature=0)) == [order[0]] * 20
+    best = int(order[0])
+    assert draws(SamplingParams(temperature=0, logit_bias={best: -math.inf}), 1) == [order[1]]
+    assert draws(SamplingParams(temperature=0, presence_penalty=100.0), 3) == order[:3].tolist()
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    row = rows(600)["normal"]
+    exact = row - np.log(np.exp(row.astype(np.float64)).sum())
+    params = SamplingParams(temperature=0.5, top_k=2, logit_bias={17: 50.0}, logprobs=3, seed=0)
+    chosen = Sampler(params, Workspace(600), NONE).sample(row)
+    best = np.argsort(-row)[:3]
+    assert chosen.token_id == 17
+    assert chosen.logprob == pytest.approx(exact[17], abs=1e-6)
+    assert [token_id for token_id, _ in chosen.top] == best.tolist()
+    assert [logprob for _, logprob in chosen.top] == pytest.approx(exact[best].tolist(), abs=1e-6)
+    assert Sampler(SamplingParams(), Workspace(600), NONE).sample(row).top == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 to .*, got 0"),
+        ({"temperature": -0.5}, "temperature: expected at least 0, got -0.5"),
+        ({"temperature": math.nan}, "temperature: .* got nan"),
+        ({"temperature": math.inf}, "temperature: .* got inf"),
+        ({"top_k": -1}, "top_k: .* got -1"),
+        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: .* got 1.5"),
+        ({"top_p": math.nan}, "top_p: .* got nan"),
+        ({"min_p": 1.0}, "min_p: expected at least 0 and below 1, got 1.0"),
+        ({"min_p": -0.1}, "min_p: .* got -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0, got 0.0"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty: .* got nan"),
+        ({"presence_penalty": math.inf}, "presence_penalty: .* got inf"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty: .* got nan"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias: .* got -1"),
+        ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: .* got nan"),
+        ({"logit_bias": {1: math.inf}}, r"logit_bias\[1\]: .* got inf"),
+        ({"stop": ""}, "stop: expected strings of at least one character"),
+        ({"stop": ["a", ""]}, "stop: expected strings of at least one character"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids: .* got -1"),
+        ({"seed": -1}, "seed: expected 0 to .* got -1"),
+        ({"seed": 2**64}, "seed: .* got 18446744073709551616"),
+        ({"num_beams": 0}, "num_beams: .* got 0"),
+        ({"length_penalty": math.nan}, "length_penalty: .* got nan"),
+        ({"length_penalty": 11}, "length_penalty: .* got 11"),
+        ({"early_stopping": "always"}, "early_stopping: expected True, False or 'never', got 'always'"),
+        ({"num_return_sequences": 0}, "num_return_sequences: .* got 0"),
+        ({"logprobs": -1}, "logprobs: .* got -1"),
+        ({"num_beams": 4, "temperature": 0.7}, "temperature: .* num_beams=4, got 0.7"),
+        ({"num_beams": 4, "top_k": 5}, "top_k: .* num_beams=4, got 5"),
+        ({"num_beams": 4, "top_p": 0.5}, "top_p: .* num_beams=4, got 0.5"),
+        ({"num_beams": 4, "min_p": 0.5}, "min_p: .* num_beams=4, got 0.5"),
+        ({"num_beams": 4, "seed": 0}, "seed: .* num_beams=4, got 0"),
+        ({"num_beams": 4, "stop": "x"}, "stop: .* num_beams=4, got 'x'"),
+        (
+            {"num_beams": 4, "num_return_sequences": 5},
+            "num_return_sequences: expected at most 4 with num_beams=4, got 5",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        SamplingParams(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_new_tokens": True},
+        {"max_new_tokens": 1.0},
+        {"temperature": True},
+        {"temperature": "1"},
+        {"top_k": 1.5},
+        {"top_k": None},
+        {"seed": True},
+        {"seed": 1.0},
+        {"logit_bias": [1]},
+        {"logit_bias": {"a": 1.0}},
+        {"logit_bias": {True: 1.0}},
+        {"logit_bias": {1: "a"}},
+        {"stop": 3},
+        {"stop": [3]},
+        {"stop": b"x"},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": "3"},
+        {"stop_token_ids": [True]},
+        {"num_beams": True},
+        {"logprobs": True},
+        {"ignore_eos": 1},
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_by_name(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"^{next(iter(arguments))}"):
+        SamplingParams(**arguments)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    params = SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5), seed=np.uint64(3))  # type: ignore[arg-type]
+    assert draws(params) == draws(SamplingParams(top_k=5, temperature=0.5, seed=3))
+
+
+def test_arguments_are_checked_against_the_vocabulary() -> None:
+    for arguments in ({"logit_bias": {600: 1.0}}, {"stop_token_ids": [600]}, {"logprobs": 601}):
+        with pytest.raises(ArgumentError, match=rf"^{next(iter(arguments))}: expected .* 600 .*, got 60[01]"):
+            SamplingParams(**arguments).check_vocab(600)  # type: ignore[arg-type]
+
+
+def test_stop_ids() -> None:
+    assert SamplingParams(stop_token_ids=[1, 2]).stop_ids([0]) == {0, 1, 2}
+    assert SamplingParams(stop_token_ids=[1], ignore_eos=True).stop_ids([0]) == {1}
