@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent
 WINDOWS = sys.platform == "win32"
 LEVELS = sorted(path.stem for path in (ROOT / "csrc" / "isa").glob("*.c"))
 
-# -ffp-contract=off: a product and a sum are fused where the code says so and nowhere else, so that all levels give the same bits.
-# -fno-math-errno: sqrtf is one instruction. No -march: the baseline runs everywhere; each level's file opens its own target.
+# -ffp-contract=off: a product and a sum are fused where the code says so and nowhere else, so that all levels give
+# the same bits. -fno-math-errno: sqrtf is one instruction. No -march: the baseline runs everywhere; each level's file
+# opens its own target.
 COMPILE = ["/O2"] if WINDOWS else ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 COMPILE += os.environ.get("PYENGINE_CFLAGS", "").split()
 LINK = os.environ.get("PYENGINE_CFLAGS", "").split()

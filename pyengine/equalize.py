@@ -1,9 +1,10 @@
 """Equalising a plan's weights before they become int8: exact in real arithmetic, and no data is needed.
 
-Where a channel runs from a norm into matrix products, dividing the norm's gain and bias by s and multiplying the products'
-column by s changes nothing; likewise between the values of attention and the output projection. With s = sqrt(range of
-the channel / largest weight that it meets), channels and weights both get ranges that int8 resolves (Nagel et al. 2019,
-"Data-Free Quantization Through Weight Equalization and Bias Correction"; the square root is SmoothQuant's, Xiao et al. 2022).
+Where a channel runs from a norm into matrix products, dividing the norm's gain and bias by s and multiplying the
+products' column by s changes nothing; likewise between the values of attention and the output projection. With s =
+sqrt(range of the channel / largest weight that it meets), channels and weights both get ranges that int8 resolves
+(Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction"; the square root is
+SmoothQuant's, Xiao et al. 2022).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Scales:
 
 
 def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns) -> Scales:
-    """The scales of every matrix; changes the norms' gains and biases, and the biases of values, in `vectors` to match."""
+    """The scales of every matrix; changes the norms' gains and biases, and the biases of values, in `vectors` to
+    match.
+    """
     scales = Scales()
     for i, op in enumerate(plan.ops):
         linears = readers(plan, i)
@@ -72,7 +75,9 @@ def _equalize_values(
     assert isinstance(attend, Attend) and isinstance(qkv, Linear) and qkv.out == attend.src
     n_value = attend.n_kv_head * attend.head_dim
     # A value's standard deviation, if the inputs of its product had equal ones: the norm of its row of weights.
-    spread = np.concatenate([np.linalg.norm(w * scales.ins.get(qkv.weight, 1.0), axis=1) for _, w in columns(qkv.weight)])
+    spread = np.concatenate(
+        [np.linalg.norm(w * scales.ins.get(qkv.weight, 1.0), axis=1) for _, w in columns(qkv.weight)]
+    )
     bias = None if qkv.bias is None else vectors[qkv.bias]
     value_range = DEVIATIONS * spread[-n_value:] + (0.0 if bias is None else np.abs(bias[-n_value:]))
     # Heads that share a kv head share its channels: the weights that a channel meets are those of all of them.
@@ -85,21 +90,23 @@ def _equalize_values(
         vectors[qkv.bias] = bias * outs
     heads = s.reshape(attend.n_kv_head, 1, attend.head_dim)
     group = attend.n_head // attend.n_kv_head
-    return np.broadcast_to(heads, (attend.n_kv_head, group, attend.head_dim)).reshape(-1).copy()
+    by_head: Floats = np.broadcast_to(heads, (attend.n_kv_head, group, attend.head_dim)).reshape(-1).copy()
+    return by_head
 
 
 def largest_by_input(columns: Iterator[tuple[int, Floats]]) -> Floats:
     """The largest weight that each input channel meets: [n_in]."""
-    largest = None
+    largest: Floats | None = None
     for _, values in columns:  # [n, n_in]
-        part = np.maximum(values.max(axis=0), -values.min(axis=0))
+        part: Floats = np.maximum(values.max(axis=0), -values.min(axis=0))
         largest = part if largest is None else np.maximum(largest, part)
     assert largest is not None
     return largest
 
 
-def _scale(channel_range: Floats, weight_range: Floats) -> Floats:
+def _scale(channel_range: npt.NDArray[np.floating], weight_range: Floats) -> Floats:
     """sqrt(range of the channel / of its weights), 1 where one of them is 0."""
     usable = (channel_range > 0) & (weight_range > 0)
-    ratio = np.divide(channel_range, weight_range, out=np.ones_like(channel_range), where=usable)
-    return np.sqrt(ratio).astype(np.float32)
+    ratio = np.divide(channel_range, weight_range, out=np.ones_like(weight_range), where=usable)
+    scale: Floats = np.sqrt(ratio)
+    return scale

@@ -1,7 +1,7 @@
 """The executor: a plan and its packed weights, run by the native engine, one `step` at a time.
 
-`step` is the one entry. It takes rows; a row is (token id, sequence, position). A prompt is many rows of one sequence, decoding
-is one row of each sequence, a batch, a chunk of a prompt and the beams of a beam search are rows.
+`step` is the one entry. It takes rows; a row is (token id, sequence, position). A prompt is many rows of one
+sequence, decoding is one row of each sequence, a batch, a chunk of a prompt and the beams of a beam search are rows.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Executor:
         """Appends the rows' tokens to their sequences; returns the logits that are wanted, in order.
 
         The logits are float32 [sum of n_logits, vocab_size], valid until the next step. A sequence may occur once.
-        Raises ArgumentError for token ids out of range, too many rows or a full context, and lets KeyboardInterrupt through; then
-        no sequence has changed.
+        Raises ArgumentError for token ids out of range, too many rows or a full context, and lets KeyboardInterrupt
+        through; then no sequence has changed.
         """
         n_row = sum(len(r.token_ids) for r in rows)
         if n_row > self.max_rows:
@@ -70,11 +70,15 @@ class Executor:
         for i, r in enumerate(rows):
             n = len(r.token_ids)
             if r.sequence.length + n > self.max_seq_len:
-                raise ArgumentError(f"token_ids: {r.sequence.length + n} positions, but the context has {self.max_seq_len}")
+                raise ArgumentError(
+                    f"token_ids: {r.sequence.length + n} positions, but the context has {self.max_seq_len}"
+                )
             spans[i] = end, n, r.sequence.length
             end += n
             picked.extend(range(end - r.n_logits, end))
-        token_ids = np.concatenate([r.token_ids for r in rows]).astype(np.int32, copy=False) if rows else np.empty(0, np.int32)
+        token_ids = (
+            np.concatenate([r.token_ids for r in rows]).astype(np.int32, copy=False) if rows else np.empty(0, np.int32)
+        )
         with self._lock:
             for r in rows:
                 r.sequence.reserve(len(r.token_ids))

@@ -1,7 +1,7 @@
 """The KV cache: a pool of pages of 64 positions, and sequences that share them.
 
-A sequence is a list of pages and a length. A fork shares the pages of its origin; whoever writes into a page that others
-share (which can only be the last, partly filled one) gets a copy of it first.
+A sequence is a list of pages and a length. A fork shares the pages of its origin; whoever writes into a page that
+others share (which can only be the last, partly filled one) gets a copy of it first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ PAGE = KVLayout.page_positions
 
 
 class KVPool:
-    """The pages of one model. A page is taken when a sequence grows into it, and kept for the next when it is given back."""
+    """The pages of one model. A page is taken when a sequence grows into it, and kept for the next when it is given
+    back.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim)

@@ -1,9 +1,9 @@
 """The plan: a model as a flat list of operations over named activation buffers.
 
-An architecture file (pyengine/architectures/) turns a checkpoint's config into a `Plan`. Whoever runs, costs or watches a
-model reads the plan; nobody else knows what a GPT-2 is. Operations name their buffers and their weights; what a weight looks
-like in the checkpoint stands in its `MatrixSpec` or `VectorSpec`. A plan never says what dtype a weight is kept in: that is
-decided where weights are packed.
+An architecture file (pyengine/architectures/) turns a checkpoint's config into a `Plan`. Whoever runs, costs or
+watches a model reads the plan; nobody else knows what a GPT-2 is. Operations name their buffers and their weights;
+what a weight looks like in the checkpoint stands in its `MatrixSpec` or `VectorSpec`. A plan never says what dtype a
+weight is kept in: that is decided where weights are packed.
 
 Every buffer holds one row for each row of a step: [n_rows, width].
 """
@@ -19,7 +19,9 @@ Activation = Literal["gelu_tanh", "gelu_erf", "gelu_sigmoid", "relu", "silu", "t
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """A weight of `Linear`, or a table of `Embed`: y[n_out] = W x[n_in]; a table has a row for each of its n_out ids."""
+    """A weight of `Linear`, or a table of `Embed`: y[n_out] = W x[n_in]; a table has a row for each of its n_out
+    ids.
+    """
 
     tensor: str  # name in the checkpoint
     n_out: int
@@ -76,8 +78,8 @@ class Linear:
 class Attend:
     """Scaled causal self-attention over the sequence's cached keys and values (Vaswani et al. 2017).
 
-    `src` holds q, k and v side by side: [n_rows, (n_head + 2 n_kv_head) head_dim]. Its k and v are appended to layer `layer` of
-    the KV cache; then out = softmax(scale q K^T) V for each head, over the positions up to the row's own.
+    `src` holds q, k and v side by side: [n_rows, (n_head + 2 n_kv_head) head_dim]. Its k and v are appended to layer
+    `layer` of the KV cache; then out = softmax(scale q K^T) V for each head, over the positions up to the row's own.
     """
 
     src: str

@@ -1,4 +1,6 @@
-"""How many threads a model runs on, and why: the least of the CPUs that this process may use and the quota of its cgroup."""
+"""How many threads a model runs on, and why: the least of the CPUs that this process may use and the quota of its
+cgroup.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def _checked(name: str, value: object) -> int:
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs' worth of time that this process may use, the least of its cgroup and all above it (v2 and v1); None: no limit."""
+    """CPUs' worth of time that this process may use, the least of its cgroup and all above it (v2 and v1); None: no
+    limit.
+    """
     quotas = []
     try:
         lines = membership.read_text().splitlines()

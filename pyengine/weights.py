@@ -43,11 +43,15 @@ class TensorReader:
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             index = tuple(int(i) for i in np.unravel_index(int(bad[0]), values.shape))
-            raise CheckpointError(f"{tensor.path}: {tensor.name}{list(index)}: expected a finite number, got {values[index]}")
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name}{list(index)}: expected a finite number, got {values[index]}"
+            )
         return values
 
     def slabs(self, name: str) -> Iterator[tuple[int, Bytes]]:
-        """(first output column, bytes) of a matrix: whole rows of an "out_in" tensor in slabs, an "in_out" one in one piece."""
+        """(first output column, bytes) of a matrix: whole rows of an "out_in" tensor in slabs, an "in_out" one in one
+        piece.
+        """
         tensor, spec = self.tensors[name], self.plan.matrices[name]
         if spec.layout == "in_out":
             yield 0, self._read(name, 0, tensor.nbytes)

@@ -1,0 +1,39 @@
+# Two commands do everything on a machine that has Python 3.10 or newer and a C compiler: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/isa/* pyengine/_native/*.p[yx]* pyengine/_native/*.h)
+
+.PHONY: demo test check wheel bench clean
+
+demo: $(STAMP) ## install, and stream a text from the bundled model
+	$(BIN)/pyengine generate "It was a dark and stormy night" --stats
+
+test: $(STAMP)-test ## install with the test extra, and run the whole suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP)-test ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)-test ## a wheel in dist/ that needs no compiler
+	$(BIN)/python -m build --wheel
+
+bench: $(STAMP) ## prefill and decode of the bundled model beside the machine's limits
+	$(BIN)/pyengine bench
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(STAMP)-test: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@ $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyengine/_native/*.so

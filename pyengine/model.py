@@ -1,0 +1,264 @@
+"""A loaded model: text or token ids in, text, logits or scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from importlib import resources
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import beam, generation
+from ._native.matmul import DTYPES
+from .architectures import architecture_of
+from .checkpoint import Checkpoint, bind, read_json
+from .cost import Cost, cost
+from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
+from .executor import Executor
+from .generation import Piece, Request, Score
+from .plan import Plan
+from .sampling import SamplingParams
+from .threads import choose_threads
+from .tokenizer import Tokenizer
+from .weights import load_weights
+
+Prompt = str | SequenceOf[int]
+Dtype = Literal["float32", "int8"]
+
+# What a checkpoint's folder may hold that is read; nothing else is downloaded.
+FILES = ["*.json", "*.safetensors", "merges.txt"]
+
+
+def load(
+    model: str | PathLike[str] = "demo",
+    dtype: Dtype = "int8",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Loads a model from a Hugging Face checkpoint, as it is: a folder, "demo" (the bundled one), or a model id of
+    the hub.
+
+    dtype is what the matrices are kept and multiplied in: "float32", or "int8" (weights and activations; a fourth of
+    the memory, several times as fast, a perplexity about 0.2 % higher). threads is the number of threads, by default
+    that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is called now and then
+    with the bytes of weights that are packed, and of all.
+
+    A model id, such as "openai-community/gpt2", needs the extra `hub` and is downloaded by huggingface_hub into its
+    cache. Raises CheckpointError and CheckpointFileError for what is wrong with the checkpoint, ArgumentError for the
+    arguments, OutOfMemoryError where there is too little memory; all are pyengine.Error.
+
+    >>> model = pyengine.load("demo")
+    >>> model.generate("Once upon a time", max_new_tokens=8, temperature=0).text
+    """
+    if dtype not in DTYPES:
+        raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    n_threads = choose_threads(threads).count
+    folder = find(model)
+    with Checkpoint.open(folder) as checkpoint:
+        architecture = architecture_of(checkpoint.config)
+        plan: Plan = architecture.plan(checkpoint.config)
+        tensors = bind(checkpoint, plan, architecture.PREFIXES, architecture.IGNORED)
+        eos_token_ids = _eos_token_ids(folder, checkpoint.config, plan.vocab_size)
+        tokenizer = Tokenizer.from_folder(folder, plan.vocab_size)
+        matrices, vectors = load_weights(checkpoint, tensors, plan, dtype, n_threads, progress)
+    executor = Executor(plan, matrices, vectors, n_threads)
+    return Model(checkpoint.config, dtype, executor, tokenizer, eos_token_ids)
+
+
+def plan_of(model: str | PathLike[str]) -> Plan:
+    """The plan of a checkpoint, from its config.json alone."""
+    config = read_json(find(model), "config.json")
+    plan: Plan = architecture_of(config).plan(config)
+    return plan
+
+
+def find(model: str | PathLike[str]) -> Path:
+    """The folder of a model: the one of that path, the bundled one, or a snapshot of the hub."""
+    if not isinstance(model, str | PathLike):
+        raise ArgumentTypeError(f"model: expected a folder or a model id, got {model!r}")
+    if model == "demo":
+        return Path(str(resources.files("pyengine") / "demo"))
+    path = Path(model)
+    name = str(model)
+    is_id = (
+        isinstance(model, str) and name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    )
+    if path.exists() or not is_id:
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointFileError(
+            f"{name}: expected a folder, 'demo', or a model id; there is no such folder, and for model ids "
+            "huggingface_hub must be installed: pip install pyengine[hub]"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointFileError(f"{name}: expected a folder or a model id of the hub, got: {error}") from error
+
+
+def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text: those of generation_config.json, else of config.json."""
+    values = config.get("eos_token_id")
+    source = "config.json"
+    if (folder / "generation_config.json").exists():
+        generation_config = read_json(folder, "generation_config.json")
+        if generation_config.get("eos_token_id") is not None:
+            values, source = generation_config["eos_token_id"], "generation_config.json"
+    token_ids = values if isinstance(values, list) else [] if values is None else [values]
+    for token_id in token_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise CheckpointError(f"{folder / source}: eos_token_id: expected token ids, got {values!r}")
+    # A config may keep the id of a larger vocabulary: a token that can't occur ends nothing.
+    return tuple(token_id for token_id in token_ids if 0 <= token_id < vocab_size)
+
+
+class Model:
+    """A model in memory. Made by `load`. Calls of several threads wait for each other step by step.
+
+    config is the checkpoint's config.json; tokenizer has encode(text) -> list[int] and decode(token_ids) -> str, or is
+    None where the checkpoint has none (token ids can be used then).
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dtype: str,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self.executor = executor
+        self.plan = executor.plan
+
+    def __repr__(self) -> str:
+        return f"<pyengine.Model {self.plan.model_type}, {self.cost.n_parameter:,} parameters, {self.dtype}>"
+
+    @property
+    def cost(self) -> Cost:
+        """Memory, and the operations and bytes of a token."""
+        return cost(self.plan, self.dtype)
+
+    def generate(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: str | SequenceOf[str] | None = None,
+        stop_token_ids: SequenceOf[int] | None = None,
+        seed: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
+        logprobs: int = 0,
+        ignore_eos: bool = False,
+    ) -> Any:
+        """Continues a prompt: a str, a list of token ids, or a list of either, which runs as one batch.
+
+        Returns a `Completion`; a list of them for a list of prompts; and for num_return_sequences > 1 a list of that
+        many in the place of each. What the arguments mean stands in `SamplingParams`; a text ends at the model's
+        end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full. The same
+        seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and NonFiniteError
+        where the logits can't be used.
+
+        >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
+        >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]
+        """
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            num_return_sequences=num_return_sequences,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
+        )
+        is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
+        prompts = cast("SequenceOf[Prompt]", prompt if is_batch else [prompt])
+        requests = [self._request(one, params) for one in prompts]
+        if num_beams > 1:
+            for request in requests:
+                request.check(self.executor)
+            completions = [beam.beam_search(self.executor, request) for request in requests]
+        else:
+            completions = generation.complete(self.executor, requests)
+        results = [found if num_return_sequences > 1 else found[0] for found in completions]
+        return results if is_batch else results[0]
+
+    def stream(self, prompt: Prompt, **params: Any) -> Iterator[Piece]:
+        """Continues one prompt and yields each token as it comes; takes the arguments of `generate`, but for beams
+        and samples.
+
+        A piece has text (which may be empty: no half character is ever shown), token_id, logprob, top_logprobs, and
+        finish_reason in the last one.
+
+        >>> for piece in model.stream("Once upon a time", seed=1):
+        ...     print(piece.text, end="", flush=True)
+        """
+        sampling = SamplingParams(**params)
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(sampling, name) != 1:
+                raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
+        pieces = generation.run(self.executor, [self._request(prompt, sampling)])
+        return (piece for _, piece in pieces)
+
+    def score(self, text: Prompt, stride: int | None = None) -> Score:
+        """How probable a text is: the log-probability of each token given those before it, and the perplexity.
+
+        text is a str or a list of token ids, of any length: one longer than the context is read in windows that start
+        `stride` tokens apart, by default half the context.
+
+        >>> model.score("It was a dark and stormy night").perplexity
+        """
+        return generation.score(self.executor, self.token_ids(text, "text").tolist(), stride)
+
+    def logits(self, text: Prompt) -> NDArray[np.float32]:
+        """The logits of the next token at every position of a text: float32 [n, vocab_size]."""
+        return generation.logits(self.executor, self.token_ids(text, "text").tolist())
+
+    def token_ids(self, text: Prompt, name: str = "prompt") -> NDArray[np.int32]:
+        """The token ids of a text or a list of them, checked: int32 [n], n > 0. `name` is the argument that errors
+        name.
+        """
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ArgumentError(f"{name}: expected token ids, got text: the checkpoint has no tokenizer")
+            ids = generation.check_token_ids(name, self.tokenizer.encode(text), self.plan.vocab_size)
+        else:
+            ids = generation.check_token_ids(name, text, self.plan.vocab_size)
+        if len(ids) == 0:
+            raise ArgumentError(f"{name}: expected at least one token, got an empty one")
+        return ids
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        return Request(self.token_ids(prompt), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
