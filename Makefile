@@ -17,8 +17,14 @@ check: $(STAMP)-test ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-wheel: $(STAMP)-test ## a wheel in dist/ that needs no compiler
-	$(BIN)/python -m build --wheel
+wheel: $(STAMP)-test ## a wheel in dist/ that needs no compiler; on Linux with its own OpenMP runtime inside
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --outdir build/wheel
+ifeq ($(shell uname),Linux)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+else
+	mkdir -p dist && cp build/wheel/*.whl dist
+endif
 
 bench: $(STAMP) ## prefill and decode of the bundled model beside the machine's limits
 	$(BIN)/pyengine bench

@@ -61,5 +61,6 @@ setup(
     ext_modules=cythonize(
         [extension(path) for path in sorted((ROOT / "pyengine" / "_native").glob("*.pyx"))],
         build_dir="build/cython",
-    )
+    ),
+    options={"build_ext": {"parallel": os.cpu_count()}},
 )

@@ -1,6 +1,8 @@
 # cython: language_level=3, freethreading_compatible=True
 """Parallel regions: the only module that knows OpenMP."""
 
+import os
+
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
@@ -10,22 +12,73 @@ from ..errors import OutOfMemoryError
 
 MOST_THREADS = MAX_THREADS
 
+# OpenMP's threads don't survive a fork: a region entered by the child's main thread would wait for them for ever. A fresh
+# thread has none yet. So in a process forked from one that has run a region, all regions are entered from one such thread.
+_process = None  # the process that has run the first region
+_entrance = None  # (process, the thread that enters its regions)
+
+cdef struct Region:
+    int n_threads
+    Worker *workers
+    pe_team team
+    Body body
+    void *context
+
 
 cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1:
-    cdef pe_team team
-    cdef Worker *worker = NULL
-    cdef Worker *workers = <Worker *>calloc(n_threads, sizeof(Worker))
-    memset(&team, 0, sizeof(team))
-    team.phases = <pe_phase *>calloc(n_phase + 1, sizeof(pe_phase))
-    if workers == NULL or team.phases == NULL:
-        free(workers)
-        free(team.phases)
-        raise OutOfMemoryError("a parallel region: no memory to share its work")
-    with nogil, parallel(num_threads=n_threads):  # OpenMP may give fewer
-        worker = &workers[threadid()]
-        worker.index = threadid()
-        worker.team = &team
-        body(context, worker)
-    free(workers)
-    free(team.phases)
+    cdef Region region
+    memset(&region, 0, sizeof(region))
+    region.n_threads, region.body, region.context = n_threads, body, context
+    region.workers = <Worker *>calloc(n_threads, sizeof(Worker))
+    region.team.phases = <pe_phase *>calloc(n_phase + 1, sizeof(pe_phase))
+    try:
+        if region.workers == NULL or region.team.phases == NULL:
+            raise OutOfMemoryError("a parallel region: no memory to share its work")
+        if _is_forked():
+            _enter_from_thread(&region)
+        else:
+            with nogil:
+                enter(&region)
+    finally:
+        free(region.workers)
+        free(region.team.phases)
     return 0
+
+
+cdef void enter(Region *region) noexcept nogil:
+    cdef Worker *worker = NULL
+    with parallel(num_threads=region.n_threads):  # OpenMP may give fewer
+        worker = &region.workers[threadid()]
+        worker.index = threadid()
+        worker.team = &region.team
+        region.body(region.context, worker)
+
+
+cdef bint _is_forked():
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    return os.getpid() != _process
+
+
+cdef int _enter_from_thread(Region *region) except -1:
+    global _entrance
+    from concurrent.futures import ThreadPoolExecutor, wait  # slow to import, and seldom needed
+
+    if _entrance is None or _entrance[0] != os.getpid():
+        _entrance = (os.getpid(), ThreadPoolExecutor(1))
+    done = _entrance[1].submit(_enter, <size_t>region)
+    try:
+        wait([done])
+    except BaseException:  # Ctrl-C; the region must be over before its memory is
+        pe_stop(&region.team)
+        while not done.done():
+            wait([done])
+        raise
+    return 0
+
+
+def _enter(size_t address):
+    cdef Region *region = <Region *>address
+    with nogil:
+        enter(region)
