@@ -57,7 +57,7 @@ class Executor:
     def step(self, rows: SequenceOf[Rows]) -> Floats:
         """Appends the rows' tokens to their sequences; returns the logits that are wanted, in order.
 
-        The logits are float32 [sum of n_logits, vocab_size], valid until the next step. A sequence may occur once.
+        The logits are float32 [sum of n_logits, vocab_size], the caller's own. A sequence may occur once.
         Raises ArgumentError for token ids out of range, too many rows or a full context, and lets KeyboardInterrupt
         through; then no sequence has changed.
         """

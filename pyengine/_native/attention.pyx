@@ -20,7 +20,7 @@ from .simd cimport kernels
 from ..errors import ArgumentError
 
 cdef enum:
-    TILE = 16  # queries that share a pass over the keys
+    TILE = 16  # positions: queries that share a pass over the keys, and keys in a panel
     STATE = 2 * PE_LANES
 
 
@@ -37,40 +37,57 @@ cdef inline float *keys_of(const Attention *a, float *page, int64_t head) noexce
     return page + (a.layer * a.layout.n_kv_head + head) * PE_PAGE * (a.layout.head_dim + a.layout.value_width)
 
 
-cdef void store_row(const Attention *a, const float *row, const Segment *segment, int64_t position) noexcept nogil:
-    """Appends one row's keys and values to its sequence."""
-    cdef int64_t d = a.layout.head_dim, slot = position % PE_PAGE, h, i
-    cdef float *page = segment.pages[position // PE_PAGE]
-    cdef const float *k = row + a.n_head * d
+cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first, int64_t n) noexcept nogil:
+    """Appends the keys and values of n rows of a segment, from position `first` on, which lie in one tile."""
+    cdef int64_t d = a.layout.head_dim, width = a.layout.value_width, slot = first % PE_PAGE, h, i, r, part
+    cdef float *page = segment.pages[first // PE_PAGE]
+    cdef const float *k = qkv + (segment.row + first - segment.position) * stride + a.n_head * d
     cdef const float *v = k + a.layout.n_kv_head * d
     cdef float *keys
     cdef float *values
+    cdef float *value
     for h in range(a.layout.n_kv_head):
         keys = keys_of(a, page, h)
         values = keys + PE_PAGE * d + slot * PE_LANES
         keys += slot // PE_LANES * d * PE_LANES + slot % PE_LANES
         for i in range(d):
-            keys[i * PE_LANES] = k[h * d + i]
-        for i in range(a.layout.value_width):
-            values[i // PE_LANES * PE_PAGE * PE_LANES + i % PE_LANES] = v[h * d + i] if i < d else 0.0
+            for r in range(n):
+                keys[i * PE_LANES + r] = k[r * stride + h * d + i]
+        for r in range(n):
+            for i in range(width // PE_LANES):
+                part = min(<int64_t>PE_LANES, d - i * PE_LANES)
+                value = values + (i * PE_PAGE + r) * PE_LANES
+                memcpy(value, v + r * stride + h * d + i * PE_LANES, part * sizeof(float))
+                memset(value + part, 0, (PE_LANES - part) * sizeof(float))
 
 
 cdef void store_kv(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
                    int64_t n_segment) noexcept nogil:
-    """One phase: appends the rows' keys and values to the cache. A unit is a row."""
-    cdef int64_t n_unit = segments[n_segment - 1].row + segments[n_segment - 1].n_row
-    cdef int64_t row = claim(worker, n_unit), s = 0
-    while row >= 0:
-        while row >= segments[s].row + segments[s].n_row:
+    """One phase: appends the rows' keys and values to the cache. A unit is a tile of positions."""
+    cdef int64_t n_unit = 0, unit, s, before = 0, first, last
+    for s in range(n_segment):
+        n_unit += n_tile_of(&segments[s])
+    s = 0
+    unit = claim(worker, n_unit)
+    while unit >= 0:
+        while unit - before >= n_tile_of(&segments[s]):
+            before += n_tile_of(&segments[s])
             s += 1
-        store_row(attention, qkv + row * stride, &segments[s], segments[s].position + row - segments[s].row)
-        row = claim(worker, n_unit)
+        bounds(&segments[s], unit - before, &first, &last)
+        store_rows(attention, qkv, stride, &segments[s], first, last - first + 1)
+        unit = claim(worker, n_unit)
     sync(worker, n_unit)
 
 
 cdef inline int64_t n_tile_of(const Segment *segment) noexcept nogil:
     """Tiles start at multiples of TILE positions, so none crosses a block's border."""
     return (segment.position + segment.n_row - 1) // TILE - segment.position // TILE + 1
+
+
+cdef inline void bounds(const Segment *segment, int64_t tile, int64_t *first, int64_t *last) noexcept nogil:
+    """The first and last position of a segment's tile."""
+    first[0] = max(segment.position, (segment.position // TILE + tile) * TILE)
+    last[0] = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE) - 1
 
 
 cdef void attend(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
@@ -100,8 +117,8 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     """One head of the queries whose positions lie in one tile."""
     cdef const pe_kernels *simd = kernels()
     cdef int64_t d = a.layout.head_dim, width = a.layout.value_width
-    cdef int64_t first = max(segment.position, (segment.position // TILE + tile) * TILE)
-    cdef int64_t last = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE) - 1
+    cdef int64_t first, last
+    bounds(segment, tile, &first, &last)
     cdef int64_t n_query = last - first + 1, row = segment.row + first - segment.position
     cdef int64_t kv_head = head // (a.n_head // a.layout.n_kv_head)
     cdef const float *q = qkv + row * stride + head * d  # [n_query, head_dim], `stride` apart

@@ -93,7 +93,6 @@ cdef class Engine:
     cdef Block scratch
     cdef int64_t capacity, picked_capacity  # rows that the buffers have room for
     cdef int64_t vocab_size, max_seq_len
-    cdef object logits
 
     def __cinit__(self, widths, KVLayout layout, int n_threads):
         if not 1 <= n_threads <= MAX_THREADS:
@@ -198,16 +197,11 @@ cdef class Engine:
         cdef int i, last = self.ops[self.n_op - 1].out
         cdef Block block
         cdef Buffer *buffer
-        cdef float[:, ::1] view
         picked = {self.ops[i].out for i in range(self.n_op) if self.ops[i].on_picked or self.ops[i].kind == PICK_ROWS}
         for i in range(self.n_buffer):
             buffer = &self.buffers[i]
             rows = self.picked_capacity if i in picked else self.capacity
-            if i == last:  # callers keep views of the logits
-                self.logits = np.empty((max(rows, 1), buffer.stride), np.float32)
-                view = self.logits
-                buffer.data = &view[0, 0]
-            else:
+            if i != last:  # the logits are the caller's
                 block = Block(rows * buffer.stride * sizeof(float), "activation buffers")
                 self.blocks[i] = block
                 buffer.data = <float *>block.data
@@ -218,8 +212,7 @@ cdef class Engine:
         """Runs the plan over the rows of `token_ids`; returns the logits of the rows `picked`, float32 [n_picked, vocab_size].
 
         spans is int64 [n_sequences, 3]: first row, number of rows, position of the first. tables holds for each the addresses
-        of its KV pages (uintp). The result is valid until the next step. Keys and values are stored, the caller keeps count.
-        Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
+        of its KV pages (uintp). Keys and values are stored, the caller keeps count. Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
         """
         cdef const int64_t[:, ::1] span = spans
         cdef int64_t n_segment = span.shape[0], i, row = 0
@@ -243,10 +236,14 @@ cdef class Engine:
         for i in range(picked.shape[0]):
             if not 0 <= picked[i] < row:
                 raise ArgumentError(f"picked: expected rows 0..{row - 1}, got {picked[i]}")
+        cdef Buffer *last = &self.buffers[self.ops[self.n_op - 1].out]
+        logits = np.empty((picked.shape[0], last.stride), np.float32)
+        cdef float[:, ::1] view = logits
         if row:
             self._reserve(row, picked.shape[0])
+            last.data = &view[0, 0] if picked.shape[0] else NULL
             self._run(token_ids, segments, n_segment, picked)
-        return self.logits[: picked.shape[0], : self.buffers[self.ops[self.n_op - 1].out].width]
+        return logits[:, : last.width]
 
     cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment, const int32_t[::1] picked) except -1:
         cdef Step step
