@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
-"""GELU and the other activations by name."""
+"""GELU and the other activations by name, and exp."""
 
 import numpy as np
 
@@ -59,3 +59,12 @@ def activate(kind, const float[::1] x, int threads=1):
         task.x = &view[0]
         run(threads, 1, activate_body, &task)
     return out[:n]
+
+
+def exp(const float[::1] x):
+    """e to the power of each value, as softmax and the activations compute it: float32 [n] → [n]."""
+    out = np.empty(x.shape[0], np.float32)
+    cdef float[::1] view = out
+    if x.shape[0]:
+        kernels().exp_sum(&x[0], x.shape[0], 0.0, 1.0, &view[0])
+    return out
