@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/isa/* pyengine/_native/*.p[yx]* pyengine/_native/*.h)
 
-.PHONY: demo test check wheel bench clean
+.PHONY: demo test check wheel bench sanitize clean
 
 demo: $(STAMP) ## install, and stream a text from the bundled model
 	$(BIN)/pyengine generate "It was a dark and stormy night" --stats
@@ -41,5 +41,14 @@ $(STAMP)-test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@ $(STAMP)
 
+# Heavy, and not part of make test: the suite under the address and undefined behaviour sanitizers of gcc.
+sanitize:
+	$(PYTHON) -m venv .venv-sanitize
+	.venv-sanitize/bin/python -m pip install --quiet --upgrade pip
+	PYENGINE_CFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover" \
+		.venv-sanitize/bin/python -m pip install --quiet ".[test]"
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		.venv-sanitize/bin/pytest
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info pyengine/_native/*.so
+	rm -rf $(VENV) .venv-sanitize build dist *.egg-info pyengine/_native/*.so

@@ -1,7 +1,8 @@
 """Kernels on the shapes of GPT-2 124M, by SIMD level and number of threads: pytest bench --benchmark-only.
 
 Each result is checked before it is timed. `extra_info` has the rate and its share of the limit that was measured in the
-same run: GFLOPS (GOPS for int8) count a multiplication and an addition as two; GB/s count the bytes of the packed weight.
+same run: GFLOPS (GOPS for int8) count a multiplication and an addition as two; GB/s count the bytes of the packed
+weight.
 """
 
 from __future__ import annotations

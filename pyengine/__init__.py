@@ -5,6 +5,9 @@
 >>> model.generate("Once upon a time", max_new_tokens=16, temperature=0).text
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -14,9 +17,29 @@ from .errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from .generation import Completion, Piece, Score, Usage
-from .model import Model, load
-from .sampling import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from .generation import Completion, Piece, Score, Usage
+    from .model import Model, load
+    from .sampling import SamplingParams, TokenLogprob
+else:
+    # Imported when first used: the engine takes a fifth of a second, and can fail, as where PYENGINE_ISA names no SIMD
+    # level; the command line, which is in this package, gets the chance to say so in one line.
+    _MODULES = {
+        "generation": ("Completion", "Piece", "Score", "Usage"),
+        "model": ("Model", "load"),
+        "sampling": ("SamplingParams", "TokenLogprob"),
+    }
+
+    def __getattr__(name):
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,10 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     executor, cost = model.executor, model.cost
     prompt_tokens = min(prompt_tokens, executor.max_seq_len)
     new_tokens = min(new_tokens, executor.max_seq_len - 1)
-    yield f"{model!r}, {executor.threads} threads, {executor.simd}"
+    yield (
+        f"{model.plan.model_type}, {cost.n_parameter:,} parameters, {model.dtype}, {executor.threads} threads, "
+        f"{executor.simd}"
+    )
     bandwidth = limits.read_bandwidth(executor.threads)
     peak = (limits.peak_int8 if model.dtype == "int8" else limits.peak_float32)(executor.threads)
     unit = "GOPS" if model.dtype == "int8" else "GFLOPS"
@@ -39,7 +42,8 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     read = cost.decode_bytes / statistics.median(decodes)
     share = f"{flops / peak:.0%} of the peak, in products of the blocks"
     yield f"prefill {prompt_tokens:>5} tokens  {_rates(prefills, prompt_tokens)}  {share}"
-    share = f"{read / 1e9:.1f} GB/s of weights, {read / bandwidth:.0%} of the read bandwidth"
+    cached = " (the weights fit in the caches)" if read > bandwidth else ""
+    share = f"{read / 1e9:.1f} GB/s of weights, {read / bandwidth:.0%} of the read bandwidth{cached}"
     yield f"decode  {new_tokens:>5} tokens  {_rates(decodes, 1)}  {share}"
 
 

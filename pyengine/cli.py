@@ -7,6 +7,7 @@ output is gone.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -15,10 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pyengine import __version__
+
+from .errors import ArgumentError, CheckpointFileError, Error
+
 if TYPE_CHECKING:
     from .model import Model
 
 EXAMPLES = {
+    "pyengine": """
+examples:
+  pyengine generate "It was a dark and stormy night"
+  pyengine info --model ./gpt2
+  pyengine generate --help
+""",
     "generate": """
 examples:
   pyengine generate "It was a dark and stormy night"
@@ -45,26 +56,32 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
+    open_streams()
     arguments = parser().parse_args(argv)
     try:
-        from .errors import Error
-
-        try:
-            code: int = arguments.run(arguments)
-            sys.stdout.flush()
-            return code
-        except Error as error:
-            print(f"pyengine: {error}", file=sys.stderr)
-            return 1
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except (Error, MemoryError) as error:
+        print("pyengine:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except OSError as error:  # of the output: whatever else can't be read or written is an Error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing stdout raises nothing
-        return 128 + 13
-    except ImportError as error:  # PYENGINE_ISA is looked at on import
-        print(f"pyengine: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13
+        print(f"pyengine: output: expected to write it, got: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def open_streams() -> None:
+    """Makes stdout and stderr usable where they are closed, and where their encoding lacks characters."""
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,8 +89,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pyengine",
         description="Transformer language models on CPUs, straight from their Hugging Face checkpoints.",
+        epilog=EXAMPLES["pyengine"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"pyengine {version()}")
+    top.add_argument("-V", "--version", action="version", version=f"pyengine {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -166,17 +185,6 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
 
-def version() -> str:
-    """The installed version; without importing the engine, which takes longer."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("pyengine")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def open_model(arguments: argparse.Namespace) -> Model:
     """The model that the arguments name, with a progress bar on a terminal if it takes long."""
     from .model import load
@@ -211,8 +219,6 @@ def progress_bar(after: float = 0.5) -> Iterator[Callable[[int, int], None] | No
 
 def read_text(source: str) -> str:
     """A file's text, or that of stdin for "-"."""
-    from .errors import ArgumentError, CheckpointFileError
-
     try:
         if source == "-":
             return sys.stdin.buffer.read().decode("utf-8")
@@ -237,30 +243,35 @@ def generate(arguments: argparse.Namespace) -> int:
     beams = arguments.num_beams > 1
     params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
     if beams:
-        completion = model.generate(
-            prompt, num_beams=arguments.num_beams, length_penalty=arguments.length_penalty, **params
-        )
-        pieces = iter([completion.text])
+        params |= {"num_beams": arguments.num_beams, "length_penalty": arguments.length_penalty}
+        completion = model.generate(prompt, **params)
+        write(completion.text if arguments.no_prompt else prompt + completion.text)
+        n, usage = len(completion.token_ids), completion.usage
+        first, decode = usage.time_to_first_token, usage.decode_seconds
     else:
-        pieces = (piece.text for piece in model.stream(prompt, **params))
-    times = []
-    if not arguments.no_prompt:
-        print(prompt, end="", flush=True)
-    for text in pieces:
-        times.append(time.perf_counter())
-        print(text, end="", flush=bool(text))
-    print(flush=True)
+        pieces = model.stream(prompt, **params)
+        if not arguments.no_prompt:
+            write(prompt)
+        times = []
+        for piece in pieces:
+            times.append(time.perf_counter())
+            write(piece.text)
+        n, first, decode = len(times), times[0] - loaded, times[-1] - times[0]
+    write("\n")
     if arguments.stats:
-        n_prompt = len(model.token_ids(prompt))
-        n = len(completion.token_ids) if beams else len(times)
-        decode = (times[-1] - (loaded if beams else times[0])) or 1e-9
+        rate = f", {(n - 1) / decode:,.1f} tokens/s" if n > 1 else ""
         print(
-            f"{n_prompt} prompt tokens, first token after {times[0] - loaded:.3f} s; "
-            f"{n} tokens, {(n if beams else n - 1) / decode:.1f} tokens/s; loaded in {loaded - started:.2f} s; "
-            f"{arguments.dtype}, {model.executor.threads} threads, {model.executor.simd}",
+            f"prompt of {len(model.token_ids(prompt)):,} tokens, first token after {first:.3f} s; {n:,} tokens{rate}; "
+            f"loaded in {loaded - started:.2f} s; {model.dtype}, {model.executor.threads} threads, "
+            f"{model.executor.simd}",
             file=sys.stderr,
         )
     return 0
+
+
+def write(text: str) -> None:
+    """Shows a piece of text at once."""
+    print(text, end="", flush=bool(text))
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -270,13 +281,11 @@ def info(arguments: argparse.Namespace) -> int:
     from .model import plan_of
     from .threads import choose_threads
 
-    forced = os.environ.get("PYENGINE_ISA")
     threads = choose_threads(arguments.threads)
-    print(f"pyengine {version()}")
+    print(f"pyengine {__version__}")
     print(f"CPU          {cpu_name()}: {', '.join(simd.features()) or 'no SIMD that is used'}")
-    print(
-        f"SIMD level   {simd.active()}, {'set by PYENGINE_ISA' if forced else 'the best of'} ({', '.join(simd.levels())})"
-    )
+    why = "set by PYENGINE_ISA, one of" if os.environ.get("PYENGINE_ISA") else "the best of"
+    print(f"SIMD level   {simd.active()}: {why} {', '.join(simd.levels())}")
     print(f"threads      {threads.count}: {threads.reason}")
     if arguments.model is None:
         return 0
@@ -325,11 +334,10 @@ def perplexity(arguments: argparse.Namespace) -> int:
     """Prints the perplexity of a text."""
     text = read_text(arguments.file)
     score = open_model(arguments).score(text, arguments.stride)
+    if len(score.logprobs) == 0:
+        raise ArgumentError(f"{arguments.file}: expected at least two tokens, got one: it has none before it")
     print(f"{score.perplexity:.4f}")
-    print(
-        f"{len(score.token_ids)} tokens, {-score.logprobs.mean() if len(score.logprobs) else float('nan'):.4f} nats a token",
-        file=sys.stderr,
-    )
+    print(f"{len(score.token_ids):,} tokens, {-score.logprobs.mean():.4f} nats a token", file=sys.stderr)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .plan import Attend, Embed, Linear, MatrixSpec, Plan
@@ -25,17 +26,17 @@ class Cost:
 
 def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
     """The memory of a packed matrix."""
-    columns = -(-spec.n_out // LANES) * LANES
+    columns = _whole(spec.n_out, LANES)
     if dtype == "float32":
         return 4 * columns * spec.n_in
-    return columns * (-(-spec.n_in // 4) * 4 + 2 * -(-spec.n_in // GROUP) + 4)
+    return columns * (_whole(spec.n_in, 4) + 2 * _whole(spec.n_in, GROUP) // GROUP + 4)
 
 
 def cost(plan: Plan, dtype: str) -> Cost:
     """The cost of a plan whose matrices are kept as `dtype` (float32 or int8)."""
     memory = {name: matrix_bytes(spec, dtype) for name, spec in plan.matrices.items()}
     size = {name: spec.n_out * spec.n_in for name, spec in plan.matrices.items()}
-    vectors = sum(_product(spec.shape) for spec in plan.vectors.values())
+    vectors = sum(math.prod(spec.shape) for spec in plan.vectors.values())
     read = {op.weight for op in plan.linears()}
     only_looked_up = {op.token_table for op in plan.ops if isinstance(op, Embed)} - read
     head = sum(2 * size[op.weight] for op in plan.linears() if op.out == plan.logits)
@@ -43,7 +44,7 @@ def cost(plan: Plan, dtype: str) -> Cost:
     return Cost(
         n_parameter=sum(size.values()) + vectors,
         weight_bytes=sum(memory.values()) + 4 * vectors,
-        kv_bytes_per_token=sum(8 * op.n_kv_head * op.head_dim for op in attend),
+        kv_bytes_per_token=sum(4 * op.n_kv_head * (op.head_dim + _whole(op.head_dim, LANES)) for op in attend),
         decode_bytes=sum(n for name, n in memory.items() if name not in only_looked_up),
         block_flops=sum(2 * size[op.weight] for op in plan.ops if isinstance(op, Linear)) - head,
         head_flops=head,
@@ -51,8 +52,6 @@ def cost(plan: Plan, dtype: str) -> Cost:
     )
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+def _whole(n: int, size: int) -> int:
+    """n rounded up to a multiple of size."""
+    return -(-n // size) * size

@@ -32,6 +32,7 @@ class Scales:
     outs: dict[str, Floats] = field(default_factory=dict)
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # weights that aren't finite are refused when packed
 def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns) -> Scales:
     """The scales of every matrix; changes the norms' gains and biases, and the biases of values, in `vectors` to
     match.
@@ -105,8 +106,6 @@ def largest_by_input(columns: Iterator[tuple[int, Floats]]) -> Floats:
 
 
 def _scale(channel_range: npt.NDArray[np.floating], weight_range: Floats) -> Floats:
-    """sqrt(range of the channel / of its weights), 1 where one of them is 0."""
-    usable = (channel_range > 0) & (weight_range > 0)
-    ratio = np.divide(channel_range, weight_range, out=np.ones_like(weight_range), where=usable)
-    scale: Floats = np.sqrt(ratio)
-    return scale
+    """sqrt(range of the channel / of its weights); 1 where that says nothing, as one of them is 0 or not finite."""
+    ratio = channel_range / weight_range
+    return np.sqrt(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1)).astype(np.float32)

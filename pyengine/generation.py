@@ -337,6 +337,8 @@ def score(executor: Executor, token_ids: SequenceOf[int], stride: int | None = N
     ids = check_token_ids("token_ids", token_ids, executor.vocab_size)
     size = executor.max_seq_len
     stride = max(size // 2, 1) if stride is None else stride
+    if isinstance(stride, bool) or not isinstance(stride, int):
+        raise ArgumentTypeError(f"stride: expected an integer, got {stride!r}")
     if not 1 <= stride <= size:
         raise ArgumentError(f"stride: expected 1 to {size} (the context), got {stride}")
     if len(ids) == 0:

@@ -17,38 +17,43 @@ PAGE = KVLayout.page_positions
 
 
 class KVPool:
-    """The pages of one model. A page is taken when a sequence grows into it, and kept for the next when it is given
-    back.
-    """
+    """The pages of one model. A page's memory is kept for the next one when nobody refers to the page any more."""
 
     def __init__(self, plan: Plan) -> None:
         self.layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim)
         self.max_pages = -(-plan.max_seq_len // PAGE)
         self.free: list[Block] = []
-        self.n_used = 0  # pages that sequences hold
+        self.n_made = 0
+
+    @property
+    def n_used(self) -> int:
+        """How many pages sequences hold."""
+        return self.n_made - len(self.free)
 
     def take(self) -> Page:
         """A page that nobody else holds, unfilled."""
-        memory = self.free.pop() if self.free else Block(self.layout.page_nbytes, "KV page")
-        self.n_used += 1
-        return Page(memory)
-
-    def release(self, page: Page) -> None:
-        """One holder less; the last one gives the memory back."""
-        page.n_holder -= 1
-        if page.n_holder == 0:
-            self.free.append(page.memory)
-            self.n_used -= 1
+        if not self.free:
+            self.free.append(Block(self.layout.page_nbytes, "KV page"))
+            self.n_made += 1
+        return Page(self.free)
 
 
 class Page:
-    """Keys and values of up to 64 positions, in all layers."""
+    """Keys and values of up to 64 positions, in all layers.
 
-    __slots__ = ("memory", "n_holder")
+    Its memory goes back by itself, so nothing is lost when Ctrl-C comes between two lines. n_holder is then too large
+    at worst, which costs a copy.
+    """
 
-    def __init__(self, memory: Block) -> None:
-        self.memory = memory
-        self.n_holder = 1
+    __slots__ = ("free", "memory", "n_holder")
+
+    def __init__(self, free: list[Block]) -> None:
+        self.free = free
+        self.n_holder = 1  # sequences that have it; one that writes must be the only one
+        self.memory = free.pop()
+
+    def __del__(self) -> None:
+        self.free.append(self.memory)
 
 
 class Sequence:
@@ -73,11 +78,11 @@ class Sequence:
 
     def _replace(self, index: int) -> None:
         """Puts a copy in the place of a page that others hold too."""
-        page = self.pool.take()
-        self.pool.layout.copy(self.pages[index].memory, page.memory, self.length % PAGE)
-        self.pool.release(self.pages[index])
-        self.pages[index] = page
+        old, page = self.pages[index], self.pool.take()
+        self.pool.layout.copy(old.memory, page.memory, self.length % PAGE)
         self.table[index] = page.memory.address
+        self.pages[index] = page
+        old.n_holder -= 1
 
     def fork(self) -> Sequence:
         """A second sequence that starts as this one is; pages are shared until one of them writes."""
@@ -94,7 +99,7 @@ class Sequence:
             raise ArgumentError(f"n: expected 0..{self.length} positions, got {n}")
         self.length = n
         while len(self.pages) * PAGE >= n + PAGE:
-            self.pool.release(self.pages.pop())
+            self.pages.pop().n_holder -= 1
 
     def close(self) -> None:
         """Gives all pages back; the sequence is empty then."""

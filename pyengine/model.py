@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from importlib import resources
@@ -88,7 +89,7 @@ def find(model: str | PathLike[str]) -> Path:
     is_id = (
         isinstance(model, str) and name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
     )
-    if path.exists() or not is_id:
+    if os.path.exists(path) or not is_id:
         return path
     try:
         from huggingface_hub import snapshot_download
@@ -101,7 +102,9 @@ def find(model: str | PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointFileError(f"{name}: expected a folder or a model id of the hub, got: {error}") from error
+        raise CheckpointFileError(
+            f"{name}: expected a folder, 'demo', or a model id; there is no such folder, and the hub says: {error}"
+        ) from error
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -203,9 +206,16 @@ class Model:
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
-        is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
-        prompts = cast("SequenceOf[Prompt]", prompt if is_batch else [prompt])
-        requests = [self._request(one, params) for one in prompts]
+        try:
+            is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
+        except (TypeError, LookupError):
+            expected = "a str, a list of token ids, or a list of either"
+            raise ArgumentTypeError(f"prompt: expected {expected}, got {type(prompt).__name__}") from None
+        if is_batch:
+            prompts = cast("SequenceOf[Prompt]", prompt)
+            requests = [self._request(one, params, f"prompt[{i}]") for i, one in enumerate(prompts)]
+        else:
+            requests = [self._request(cast("Prompt", prompt), params)]
         if num_beams > 1:
             for request in requests:
                 request.check(self.executor)
@@ -260,5 +270,5 @@ class Model:
             raise ArgumentError(f"{name}: expected at least one token, got an empty one")
         return ids
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        return Request(self.token_ids(prompt), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
+    def _request(self, prompt: Prompt, params: SamplingParams, name: str = "prompt") -> Request:
+        return Request(self.token_ids(prompt, name), params, params.stop_ids(self.eos_token_ids), self.tokenizer)

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ._native.parallel import MOST_THREADS
@@ -39,16 +40,18 @@ def choose_threads(requested: int | None = None) -> Threads:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota()
     if quota is not None and quota < cpus:
-        return Threads(max(1, math.floor(quota)), f"the cgroup's CPU quota of {quota:g}, of {cpus} CPUs")
+        count = min(max(1, math.floor(quota)), MOST_THREADS)
+        return Threads(count, f"the cgroup's CPU quota of {quota:g}, of {cpus} CPUs")
     return Threads(min(cpus, MOST_THREADS), f"{cpus} CPUs that this process may run on")
 
 
 def _checked(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentTypeError(f"{name}: expected an integer, got {value!r}")
-    if not 1 <= value <= MOST_THREADS:
-        raise ArgumentError(f"{name}: expected 1..{MOST_THREADS}, got {value}")
-    return value
+    count = int(value)
+    if not 1 <= count <= MOST_THREADS:
+        raise ArgumentError(f"{name}: expected 1..{MOST_THREADS}, got {count}")
+    return count
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
@@ -61,7 +64,10 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
     except OSError:
         return None
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")  # hierarchy:controllers:path
+        controllers, colon, path = rest.partition(":")
+        if not colon:
+            continue
         if controllers == "":
             quotas += _walk(root, path, _v2)
         elif "cpu" in controllers.split(","):
@@ -75,8 +81,8 @@ def _walk(root: Path, path: str, read: Callable[[Path], float | None]) -> list[f
     while True:
         try:
             quota = read(folder)
-        except (OSError, ValueError):
-            quota = None  # no such file at this level: no limit there
+        except (OSError, ValueError, ZeroDivisionError):
+            quota = None  # no such file at this level, or none that can be understood: no limit there
         if quota is not None:
             found.append(quota)
         if folder == root or root not in folder.parents:

@@ -15,6 +15,7 @@ from .plan import Plan
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Stored = npt.NDArray[np.float32 | np.float16 | np.uint16]
 Progress = Callable[[int, int], None]
 
 SLAB_BYTES = 8 << 20
@@ -39,7 +40,7 @@ class TensorReader:
     def vector(self, name: str) -> Floats:
         """A vector in float32; raises CheckpointError where a value is NaN or infinite."""
         tensor = self.tensors[name]
-        values = to_float32(self._read(name, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape).copy()
+        values = to_float32(as_stored(self._read(name, 0, tensor.nbytes), tensor.dtype)).reshape(tensor.shape).copy()
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             index = tuple(int(i) for i in np.unravel_index(int(bad[0]), values.shape))
@@ -62,20 +63,26 @@ class TensorReader:
             yield first, self._read(name, first * row, min(step, spec.n_out - first) * row)
 
     def columns(self, name: str) -> Iterator[tuple[int, Floats]]:
-        """The same as (first output column, float32 [n columns, n_in])."""
+        """The same as (first output column, float32 [n columns, n_in]), a few columns at a time in either layout."""
         tensor, spec = self.tensors[name], self.plan.matrices[name]
+        step = max(SLAB_BYTES // (4 * spec.n_in), 1)
         for first, raw in self.slabs(name):
-            values = to_float32(raw, tensor.dtype)
-            yield first, values.reshape(spec.shape).T if spec.layout == "in_out" else values.reshape(-1, spec.n_in)
+            stored = as_stored(raw, tensor.dtype)
+            stored = stored.reshape(spec.shape).T if spec.layout == "in_out" else stored.reshape(-1, spec.n_in)
+            for start in range(0, len(stored), step):
+                yield first + start, to_float32(stored[start : start + step])
 
 
-def to_float32(raw: Bytes, dtype: str) -> Floats:
-    """A tensor's bytes as float32, which float16 and bfloat16 turn into without loss."""
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(np.float32)
+def as_stored(raw: Bytes, dtype: str) -> Stored:
+    """A tensor's bytes as its values; bfloat16, which numpy doesn't know, as uint16."""
+    return raw.view({"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[dtype])
+
+
+def to_float32(stored: Stored) -> Floats:
+    """Stored values as float32, which float16 and bfloat16 turn into without loss."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def load_weights(

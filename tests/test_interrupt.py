@@ -1,4 +1,4 @@
-"""Ctrl-C, in the middle of a step and between steps: it comes out as KeyboardInterrupt, soon, and the model goes on as before."""
+"""Ctrl-C, in the middle of a step and between steps: KeyboardInterrupt comes out, soon; the model goes on as before."""
 
 from __future__ import annotations
 

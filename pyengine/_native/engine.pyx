@@ -7,7 +7,6 @@ done.
 
 import numpy as np
 
-from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
@@ -21,6 +20,10 @@ from .parallel cimport MAX_THREADS, Worker, claim, pe_stop, pe_stopped, run, syn
 from .simd cimport kernels
 
 from ..errors import ArgumentError, OutOfMemoryError
+
+cdef extern from "Python.h":
+    # Not the declaration of cpython.exc: the exception is to stay set, until the region is left.
+    int PyErr_CheckSignals() noexcept
 
 cdef extern from "<time.h>" nogil:
     cdef struct timespec:

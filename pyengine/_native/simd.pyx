@@ -54,20 +54,21 @@ def active():
     return _level.name.decode()
 
 
-def use(name):
+def use(name, source="SIMD level"):
     """Makes `name` the SIMD level of every call from now on; returns the name of the level that was in use.
 
+    `source` is what an error names.
     Raises ArgumentError where it is unknown or this CPU can't run it. Not while another thread computes.
     """
     global _level
     compiled = _compiled()
     if name not in compiled:
-        raise ArgumentError(f"SIMD level: expected one of {', '.join(levels())}, got {name!r}")
+        raise ArgumentError(f"{source}: expected one of {', '.join(levels())}, got {name!r}")
     if name not in levels():
-        raise ArgumentError(f"SIMD level: {name} can't run on this CPU, which has {', '.join(levels())}")
+        raise ArgumentError(f"{source}: {name} can't run on this CPU, which has {', '.join(levels())}")
     before = active() if _level != NULL else name
     _level = pe_level(compiled[name][1])
     return before
 
 
-use(os.environ.get("PYENGINE_ISA") or levels()[0])
+use(os.environ.get("PYENGINE_ISA") or levels()[0], "PYENGINE_ISA")

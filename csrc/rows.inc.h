@@ -1,0 +1,160 @@
+/* Kernels over the values of one row: quantisation, norms, activations, softmax. Included by kernels.inc.h. */
+
+/* The vector of x that starts at i; lanes at n and beyond are `fill`. */
+PE_INLINE vf load_or(const float *x, int64_t i, int64_t n, float fill)
+{
+    if (n - i >= PE_LANES)
+        return vf_load(x + i);
+    const int left = (int)(n - i);
+    return vf_select(vm_first(left), vf_load_part(x + i, left), vf_set(fill));
+}
+
+/* A group of at most PE_GROUP floats. NaN and infinity make the scale NaN, so that they show in the result. */
+PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero)
+{
+    vf low = vf_set(x[0]), high = low, sum = vf_set(0.0f);
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf v = load_or(x, i, n, x[0]);
+        low = vf_min(low, v);
+        high = vf_max(high, v);
+        sum = vf_add(sum, vf_mul(v, vf_set(0.0f)));
+    }
+    const float min = vf_hmin(low), max = vf_hmax(high);
+    const float largest = -min > max ? -min : max;
+    float step = (max - min) * (1.0f / 255);
+    step = step > largest * (1.0f / 32768) ? step : largest * (1.0f / 32768); /* bounds the zero point */
+    step = step > 1e-30f ? step : 1e-30f;
+    const vf inverse = vf_set(1.0f / step);
+    const vi origin = vf_to_int(vf_mul(vf_set(-min), inverse));
+    *scale = step + vf_sum(sum);
+    int32_t lanes[PE_LANES];
+    memcpy(lanes, &origin, sizeof lanes);
+    *zero = lanes[0];
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf v = load_or(x, i, n, 0.0f);
+        vi_store_u8(q + i, vi_add(vf_to_int(vf_mul(v, inverse)), origin));
+    }
+}
+
+static void quantize_q8(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero)
+{
+    for (int64_t i = 0, g = 0; i < n; i += PE_GROUP, g++)
+        quantize_group(x + i, n - i < PE_GROUP ? n - i : PE_GROUP, q + i, scale + g, zero + g);
+}
+
+/* The mean of d^2 is taken about a rounded mean; `shift`, the mean of d, corrects both. So a row far from 0 loses nothing. */
+static void layer_norm(const float *x, int64_t n, const float *gain, const float *bias, float eps, float *y)
+{
+    vf sum = vf_set(0.0f);
+    for (int64_t i = 0; i < n; i += PE_LANES)
+        sum = vf_add(sum, load_or(x, i, n, 0.0f));
+    const float mean = vf_sum(sum) / (float)n;
+    vf sum_d = vf_set(0.0f), sum_dd = sum_d;
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf d = vf_sub(load_or(x, i, n, mean), vf_set(mean));
+        sum_d = vf_add(sum_d, d);
+        sum_dd = vf_mad(d, d, sum_dd);
+    }
+    const float shift = vf_sum(sum_d) / (float)n;
+    const float variance = vf_sum(sum_dd) / (float)n - shift * shift;
+    const vf inverse = vf_set(1.0f / sqrtf((variance > 0.0f ? variance : 0.0f) + eps));
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf d = vf_sub(vf_sub(load_or(x, i, n, 0.0f), vf_set(mean)), vf_set(shift));
+        vf_store(y + i, vf_mad(vf_mul(d, inverse), load_or(gain, i, n, 0.0f), load_or(bias, i, n, 0.0f)));
+    }
+}
+
+#define PE_MAP(function)                                                                                             \
+    for (int64_t i = 0; i < n; i += PE_LANES)                                                                        \
+        vf_store(x + i, function(load_or(x, i, n, 0.0f)));                                                           \
+    break
+
+static void activate(pe_activation kind, float *x, int64_t n)
+{
+    switch (kind) {
+    case PE_ACT_NONE: break;
+    case PE_ACT_GELU_TANH: PE_MAP(vm_gelu_tanh);
+    case PE_ACT_GELU_ERF: PE_MAP(vm_gelu_erf);
+    case PE_ACT_GELU_SIGMOID: PE_MAP(vm_gelu_sigmoid);
+    case PE_ACT_RELU: PE_MAP(vm_relu);
+    case PE_ACT_SILU: PE_MAP(vm_silu);
+    case PE_ACT_TANH: PE_MAP(vm_tanh);
+    }
+}
+
+static float softmax_block(const float *scores, int64_t n, float scale, float *state, float *weights)
+{
+    enum { VECTORS = PE_PAGE / PE_LANES };
+    vf s[VECTORS], largest = vf_set(state[0]);
+    PE_UNROLL
+    for (int i = 0; i < VECTORS; i++) {
+        const int64_t visible = n - i * PE_LANES;
+        const int first = (int)(visible < 0 ? 0 : visible > PE_LANES ? PE_LANES : visible);
+        const vf scaled = vf_mul(vf_set(scale), vf_load(scores + i * PE_LANES));
+        s[i] = vf_select(vm_first(first), scaled, vf_set(-INFINITY));
+        largest = vf_max(s[i], largest);
+    }
+    const float max = vf_hmax(largest);
+    float decay[PE_LANES];
+    vf_store(decay, vm_exp_neg(vf_set(state[0] - max)));
+    PE_UNROLL
+    for (int i = 0; i < VECTORS; i++) {
+        s[i] = vm_exp_neg(vf_sub(s[i], vf_set(max)));
+        vf_store(weights + i * PE_LANES, s[i]);
+    }
+    const vf sum = vf_add(vf_add(s[0], s[1]), vf_add(s[2], s[3]));
+    state[0] = max;
+    vf_store(state + PE_LANES, vf_mad(vf_load(state + PE_LANES), vf_set(decay[0]), sum));
+    return decay[0];
+}
+
+static void softmax_end(const float *state, float *out, int64_t n)
+{
+    const vf sum = vf_set(vf_sum(vf_load(state + PE_LANES)));
+    for (int64_t i = 0; i < n; i += PE_LANES)
+        vf_store(out + i, vf_div(vf_load(out + i), sum));
+}
+
+static float row_max(const float *x, int64_t n)
+{
+    vf largest = vf_set(x[0]), check = vf_set(0.0f);
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf v = load_or(x, i, n, x[0]);
+        largest = vf_max(v, largest);
+        check = vf_add(check, vf_min(vf_set(1.0f), vf_max(vf_set(-1.0f), v))); /* NaN stays NaN, infinity doesn't become it */
+    }
+    const float nan = vf_sum(check);
+    return nan == nan ? vf_hmax(largest) : nan;
+}
+
+/* Each lane's sum carries its rounding errors along (Knuth's TwoSum), and the lanes are added in double. */
+static double exp_sum(const float *x, int64_t n, float offset, float scale, float *y)
+{
+    vf sum = vf_set(0.0f), error = sum;
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const vf e = vm_exp(vf_mul(vf_set(scale), vf_sub(load_or(x, i, n, -INFINITY), vf_set(offset))));
+        if (y && n - i >= PE_LANES)
+            vf_store(y + i, e);
+        else if (y)
+            vf_store_part(y + i, e, (int)(n - i));
+        const vf next = vf_add(sum, e), part = vf_sub(next, sum);
+        error = vf_add(error, vf_add(vf_sub(sum, vf_sub(next, part)), vf_sub(e, part)));
+        sum = next;
+    }
+    float sums[PE_LANES], errors[PE_LANES];
+    vf_store(sums, sum);
+    vf_store(errors, error);
+    double total = 0.0;
+    for (int i = 0; i < PE_LANES; i++)
+        total += (double)sums[i] + (double)errors[i];
+    return total;
+}
+
+static void softmax(const float *x, int64_t n, float *y)
+{
+    const vf sum = vf_set((float)exp_sum(x, n, row_max(x, n), 1.0f, y));
+    for (int64_t i = 0; i < n; i += PE_LANES) {
+        const int left = (int)(n - i < PE_LANES ? n - i : PE_LANES);
+        vf_store_part(y + i, vf_div(vf_load_part(y + i, left), sum), left);
+    }
+}

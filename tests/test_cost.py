@@ -1,0 +1,63 @@
+"""The cost of a plan against what is allocated for it, and the bundled model's known size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CONFIG, bound, write_checkpoint
+
+from pyengine._native.attention import KVLayout
+from pyengine._native.matmul import PackedMatrix
+from pyengine.architectures import gpt2
+from pyengine.checkpoint import Checkpoint
+from pyengine.cost import cost, matrix_bytes
+from pyengine.model import plan_of
+from pyengine.plan import MatrixSpec
+from pyengine.weights import load_weights
+
+SIZES = [(1, 1), (15, 3), (16, 4), (17, 5), (33, 127), (48, 128), (50, 129), (31, 255), (257, 256), (7, 1000)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("n_out", "n_in"), SIZES)
+def test_matrix(n_out: int, n_in: int, dtype: str) -> None:
+    assert matrix_bytes(MatrixSpec("w", n_out, n_in, "out_in"), dtype) == PackedMatrix(n_out, n_in, dtype).nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}, {"n_embd": 60, "n_head": 3, "n_inner": 77}])
+def test_weights(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
+    write_checkpoint(tmp_path, config)
+    plan = plan_of(tmp_path)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        matrices, vectors = load_weights(checkpoint, bound(tmp_path), plan, dtype, 1)
+        stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    expected = cost(plan, dtype)
+    packed = {name: matrix.nbytes for name, matrix in matrices.items()}
+    assert expected.weight_bytes == sum(packed.values()) + sum(vector.nbytes for vector in vectors.values())
+    assert expected.n_parameter == stored / 4  # float32
+    looked_up = packed["token_embedding"] if "lm_head" in packed else 0
+    assert expected.decode_bytes == sum(packed.values()) - looked_up
+
+
+@pytest.mark.parametrize(("n_embd", "n_head"), [(32, 2), (60, 3), (48, 1), (34, 2)])
+def test_kv_cache(n_embd: int, n_head: int) -> None:
+    plan = gpt2.plan(CONFIG | {"n_embd": n_embd, "n_head": n_head})
+    layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim)
+    assert cost(plan, "int8").kv_bytes_per_token * KVLayout.page_positions == layout.page_nbytes
+
+
+def test_bundled_model() -> None:
+    plan = plan_of("demo")
+    got = cost(plan, "float32")
+    assert got.n_parameter == 5_918_720
+    assert got.weight_bytes == 4 * 5_918_720  # all of its sizes are multiples of 16
+    n_block = 6 * (256 * 768 + 256 * 256 + 2 * 256 * 1024)
+    assert got.block_flops == 2 * n_block
+    assert got.head_flops == 2 * 4096 * 256
+    assert got.decode_bytes == 4 * (n_block + 4096 * 256)
+    assert got.attention_flops_per_position == 6 * 4 * 256  # a multiplication and an addition for each of q k and w v
+    assert got.kv_bytes_per_token == 6 * 2 * 256 * 4
+    assert cost(plan, "int8").weight_bytes < 0.3 * got.weight_bytes
