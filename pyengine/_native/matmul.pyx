@@ -18,13 +18,14 @@ from ..errors import ArgumentError
 DTYPES = ("float32", "int8")
 TENSOR_DTYPES = {"F32": (PE_F32, 4), "F16": (PE_F16, 2), "BF16": (PE_BF16, 2)}
 
-# A unit of work: so many columns of all rows, or of a block of rows where there are many. The columns of few rows are few, so
-# that a small product is spread over all threads.
+# A unit of work: so many columns of all rows, or of a block of rows where there are many. With few rows a product is cut into
+# some units a thread, at least 4 panels each: taking a unit costs what a core takes to hear from another.
 cdef enum:
     FEW_ROWS = 48
     BLOCK_ROWS = 96
-    FEW_ROWS_PANELS = 4
     BLOCK_PANELS = 8
+    UNITS_PER_THREAD = 8
+    TILE_PANELS = 4
 
 
 cdef struct PackTask:
@@ -196,7 +197,8 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
     cdef const pe_kernels *simd = kernels()
     cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
     cdef int64_t block_rows = n_row if n_row <= FEW_ROWS else BLOCK_ROWS
-    cdef int64_t block_panels = FEW_ROWS_PANELS if n_row <= FEW_ROWS else BLOCK_PANELS
+    cdef int64_t share = n_panel // (UNITS_PER_THREAD * worker.n_threads) // TILE_PANELS * TILE_PANELS
+    cdef int64_t block_panels = max(<int64_t>TILE_PANELS, share) if n_row <= FEW_ROWS else BLOCK_PANELS
     cdef int64_t row_blocks = (n_row + block_rows - 1) // block_rows
     cdef int64_t n_unit = row_blocks * ((n_panel + block_panels - 1) // block_panels)
     cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r

@@ -19,6 +19,7 @@ cdef extern from "team.h" nogil:
 # After sync the work of all threads can be read.
 ctypedef struct Worker:
     int index
+    int n_threads  # that were asked for
     pe_team *team
     int64_t phase
     int64_t n_claimed  # units of this phase

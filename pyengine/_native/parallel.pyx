@@ -50,6 +50,7 @@ cdef void enter(Region *region) noexcept nogil:
     with parallel(num_threads=region.n_threads):  # OpenMP may give fewer
         worker = &region.workers[threadid()]
         worker.index = threadid()
+        worker.n_threads = region.n_threads
         worker.team = &region.team
         region.body(region.context, worker)
 

@@ -60,8 +60,6 @@ typedef struct {
 /* The next unit of a phase of n_unit: 0, 1, 2 ... for whoever asks first; -1 when there is none left. */
 static inline int64_t pe_take(pe_phase *phase, int64_t n_unit)
 {
-    if (pe_atomic_load(&phase->taken) >= n_unit)
-        return -1;
     const int64_t unit = pe_atomic_add(&phase->taken, 1);
     return unit < n_unit ? unit : -1;
 }
