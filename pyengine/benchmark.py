@@ -42,7 +42,7 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     read = cost.decode_bytes / statistics.median(decodes)
     share = f"{flops / peak:.0%} of the peak, in products of the blocks"
     yield f"prefill {prompt_tokens:>5} tokens  {_rates(prefills, prompt_tokens)}  {share}"
-    cached = " (the weights fit in the caches)" if read > bandwidth else ""
+    cached = " (the weights fit in the caches)" if read > 1.2 * bandwidth else ""
     share = f"{read / 1e9:.1f} GB/s of weights, {read / bandwidth:.0%} of the read bandwidth{cached}"
     yield f"decode  {new_tokens:>5} tokens  {_rates(decodes, 1)}  {share}"
 
