@@ -53,6 +53,13 @@
 #define PE_FORGET(v) __asm__ volatile("" : "+m"(v))
 #endif
 
+/* Fetches the cache line of p, to be written. */
+#if PE_MSVC
+#define PE_PREFETCH_WRITE(p) ((void)0)
+#else
+#define PE_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
+#endif
+
 /* Four bytes as they lie, from any address. */
 PE_INLINE int32_t pe_load_i32(const void *p)
 {

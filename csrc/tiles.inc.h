@@ -1,11 +1,22 @@
 /* Matrix products: register tiles, and the loops over rows and panels around them. Included by kernels.inc.h. */
 
+/* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
+PE_INLINE void prefetch_tile(int rows, int panels, const pe_output *out)
+{
+    PE_UNROLL
+    for (int r = 0; r < rows; r++)
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            PE_PREFETCH_WRITE(out->out + r * out->out_stride + p * PE_LANES);
+}
+
 /* A tile: `rows` x `panels` accumulators. `rows` and `panels` are constants once this is inlined, so the loops unroll and the
  * arrays become registers. With `decay` it starts at decay * out, else at the bias. */
 PE_INLINE void tile_f32(int rows, int panels, const float *x, int64_t x_stride, const float *w, int64_t panel_stride,
                         int64_t k, const float *decay, const pe_output *out)
 {
     vf acc[12][4];
+    prefetch_tile(rows, panels, out);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -46,6 +57,7 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP;
     float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
+    prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
         vf_store(sums + i * PE_LANES, vf_set(0.0f));
     for (int64_t g = 0; g < n_group; g++) {
