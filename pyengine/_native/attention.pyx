@@ -37,7 +37,8 @@ cdef inline float *keys_of(const Attention *a, float *page, int64_t head) noexce
     return page + (a.layer * a.layout.n_kv_head + head) * PE_PAGE * (a.layout.head_dim + a.layout.value_width)
 
 
-cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first, int64_t n) noexcept nogil:
+cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first,
+                     int64_t n) noexcept nogil:
     """Appends the keys and values of n rows of a segment, from position `first` on, which lie in one tile."""
     cdef int64_t d = a.layout.head_dim, width = a.layout.value_width, slot = first % PE_PAGE, h, i, r, part
     cdef float *page = segment.pages[first // PE_PAGE]
@@ -149,7 +150,8 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     decay[0] = 1.0
     values.panels = values.panels + n_key * PE_LANES
     for i in range(1, n_query):
-        simd.accumulate_f32(weights + i * PE_PAGE + n_key, PE_PAGE, 1, i, &values, width // PE_LANES, decay, sums + i * width, width)
+        simd.accumulate_f32(weights + i * PE_PAGE + n_key, PE_PAGE, 1, i, &values, width // PE_LANES, decay,
+                            sums + i * width, width)
     for i in range(n_query):
         simd.softmax_end(states + i * STATE, sums + i * width, width)
         memcpy(out + (row + i) * out_stride + head * d, sums + i * width, d * sizeof(float))

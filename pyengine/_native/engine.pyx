@@ -215,7 +215,8 @@ cdef class Engine:
         """Runs the plan over the rows of `token_ids`; returns the logits of the rows `picked`, float32 [n_picked, vocab_size].
 
         spans is int64 [n_sequences, 3]: first row, number of rows, position of the first. tables holds for each the addresses
-        of its KV pages (uintp). Keys and values are stored, the caller keeps count. Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
+        of its KV pages (uintp). Keys and values are stored, the caller keeps count.
+        Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
         """
         cdef const int64_t[:, ::1] span = spans
         cdef int64_t n_segment = span.shape[0], i, row = 0
@@ -248,7 +249,8 @@ cdef class Engine:
             self._run(token_ids, segments, n_segment, picked)
         return logits[:, : last.width]
 
-    cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment, const int32_t[::1] picked) except -1:
+    cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment,
+                  const int32_t[::1] picked) except -1:
         cdef Step step
         step.engine = <void *>self
         step.token_ids, step.n_row = &token_ids[0], token_ids.shape[0]
