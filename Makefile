@@ -41,13 +41,13 @@ $(STAMP)-test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@ $(STAMP)
 
-# Heavy, and not part of make test: the suite under the address and undefined behaviour sanitizers of gcc.
+# Heavy, and not part of make test: the suite under gcc's address and undefined behaviour sanitizers; Python 3.11 or newer.
 sanitize:
 	$(PYTHON) -m venv .venv-sanitize
 	.venv-sanitize/bin/python -m pip install --quiet --upgrade pip
 	PYENGINE_CFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover" \
 		.venv-sanitize/bin/python -m pip install --quiet ".[test]"
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		.venv-sanitize/bin/pytest
 
 clean:
