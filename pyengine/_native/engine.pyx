@@ -196,20 +196,21 @@ cdef class Engine:
         """Makes room for so many rows in every buffer."""
         if n_row <= self.capacity and n_picked <= self.picked_capacity:
             return
-        self.capacity, self.picked_capacity = max(n_row, self.capacity), max(n_picked, self.picked_capacity)
+        n_row, n_picked = max(n_row, self.capacity), max(n_picked, self.picked_capacity)
         cdef int i, last = self.ops[self.n_op - 1].out
         cdef Block block
         cdef Buffer *buffer
         picked = {self.ops[i].out for i in range(self.n_op) if self.ops[i].on_picked or self.ops[i].kind == PICK_ROWS}
         for i in range(self.n_buffer):
             buffer = &self.buffers[i]
-            rows = self.picked_capacity if i in picked else self.capacity
+            rows = n_picked if i in picked else n_row
             if i != last:  # the logits are the caller's
                 block = Block(rows * buffer.stride * sizeof(float), "activation buffers")
                 self.blocks[i] = block
                 buffer.data = <float *>block.data
         if self.max_width:
-            self.quantized = QuantizedRows(max(self.capacity, self.picked_capacity), self.max_width)
+            self.quantized = QuantizedRows(max(n_row, n_picked), self.max_width)
+        self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
     def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
         """Runs the plan over the rows of `token_ids`; returns the logits of the rows `picked`, float32 [n_picked, vocab_size].
