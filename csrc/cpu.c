@@ -36,6 +36,12 @@ uint32_t pe_cpu_features(void)
         features |= PE_CPU_AVX512;
     if (zmm && has(r[2], 11))
         features |= PE_CPU_AVX512_VNNI;
+    const uint32_t last_subleaf = r[0];
+    if (last_subleaf >= 1) {
+        cpuid(7, 1, r);
+        if (zmm && has(r[0], 5))
+            features |= PE_CPU_AVX512_BF16;
+    }
     return features;
 }
 

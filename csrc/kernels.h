@@ -18,7 +18,8 @@
 
 #define PE_LANES 16  /* floats in a vector, and output columns in a panel of packed weights */
 #define PE_GROUP 128 /* values along K that share one scale and zero point of int8 activations */
-#define PE_SPIN 12   /* accumulators of spin_f32 and spin_q8 */
+#define PE_Q4_GROUP 32 /* values along K that share one scale of int4 weights */
+#define PE_SPIN 12   /* accumulators of spin_f32, spin_bf16 and spin_q8 */
 #define PE_PAGE 64   /* positions in a KV page, and keys in a block of the attention softmax */
 
 /* What a CPU can do, and what a level needs: bits of pe_cpu_features() and of pe_kernels.requires. */
@@ -26,7 +27,8 @@ enum {
     PE_CPU_AVX2_FMA = 1 << 0,    /* AVX2, FMA, F16C */
     PE_CPU_AVX512 = 1 << 1,      /* AVX-512 F, BW, VL, DQ */
     PE_CPU_AVX512_VNNI = 1 << 2, /* AVX-512 VNNI */
-    PE_CPU_NEON_DOT = 1 << 3     /* Advanced SIMD with the dot product extension */
+    PE_CPU_NEON_DOT = 1 << 3,    /* Advanced SIMD with the dot product extension */
+    PE_CPU_AVX512_BF16 = 1 << 4  /* AVX-512 BF16 */
 };
 
 typedef enum {
@@ -48,6 +50,12 @@ typedef struct {
     int64_t k;
 } pe_weights_f32;
 
+/* Packed bfloat16 weights: W[n][k] = panels[n / 16][k / 2][n % 16][k % 2]; zeros past n_out and past k. */
+typedef struct {
+    const uint16_t *panels;
+    int64_t k;
+} pe_weights_bf16;
+
 /* Packed int8 weights: W[n][k] = scale[n] * panels[n / 16][k / 4][n % 16][k % 4]; zeros past n_out and past k.
  * column_sum[panel][group][16] is the sum of a column's int8 values over one group of PE_GROUP values of k: what the
  * activations' zero point is multiplied with. Values lie in -127..127. */
@@ -57,6 +65,20 @@ typedef struct {
     const float *scale;
     int64_t k;
 } pe_weights_q8;
+
+/* Packed int4 weights: W[n][k] = scale[n / 16][k / 32][n % 16] * PE_Q4_CODEBOOK[code], scale in bfloat16, and code the 4 bits
+ * panels[n / 16][k / 8][n % 16][k % 4] >> 4 * (k / 4 % 2). Past n_out and past k, up to a whole group, lie zeros (PE_Q4_ZERO). */
+typedef struct {
+    const uint8_t *panels;
+    const uint16_t *scale;
+    int64_t k;
+} pe_weights_q4;
+
+/* The 16 values of a 4-bit weight, in units of its group's scale: those that lose least for groups of 32 values, half of them
+ * normal, half with the longer tails of Student's t, each with its best scale (Lloyd 1982; 0 is held, the largest is 127). A
+ * scale may be negative. Found by bench/codebook.py. */
+#define PE_Q4_CODEBOOK {-127, -99, -78, -61, -46, -33, -22, -11, 0, 11, 22, 34, 47, 62, 81, 105}
+#define PE_Q4_ZERO 8
 
 /* int8 activations: x[row][k] = scale[row][group] * (q[row][k] - zero[row][group]), group = k / PE_GROUP.
  * Rows of q are `stride` bytes apart, `stride` a multiple of PE_GROUP; rows of scale and zero are stride / PE_GROUP apart. */
@@ -93,6 +115,18 @@ typedef struct pe_kernels {
     void (*matmul_q8)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out);
 
+    /* The same with bfloat16: accumulator = FMA of the odd k, then of the even k, pair by pair in ascending order, from 0; then
+     * product = accumulator + bias[n]. That is vdpbf16ps. It flushes what is subnormal, but weights and activations are 0 or at
+     * least 2^-50, so no sum can be. Rows of x are x_stride apart, and 0 at an odd k. */
+    void (*matmul_bf16)(const uint16_t *x, int64_t x_stride, int64_t n_row, const pe_weights_bf16 *w, int64_t panel,
+                        int64_t n_panel, const pe_output *out);
+
+    /* The same with int4: integers are exact; part = sum over the groups of weights in a group of activations of
+     * w.scale * (sum of q * code's value), by FMA, ascending from 0; offset likewise, of the code's values alone; accumulator =
+     * x.scale * (part - zero * offset) + accumulator, two FMA; then product = accumulator + bias[n]. */
+    void (*matmul_q4)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
+                      const pe_output *out);
+
     /* out[row][n] = decay[row] * out[row][n] + sum over k of x[row][k] W[n][k], k ascending, by FMA: attention's weighted sum of
      * values, with w.k >= k keys in a panel (panels[n / 16][w.k][16]), of which the first k are used. */
     void (*accumulate_f32)(const float *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_f32 *w,
@@ -102,6 +136,10 @@ typedef struct pe_kernels {
      * 1e-30; zero = round(-min / scale), so |zero| <= 2^15; q = clamp(round(x / scale) + zero, 0, 255). The scale of a group
      * with NaN or infinity is NaN. q is written in whole vectors. */
     void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero);
+
+    /* One row of n floats to bfloat16: to nearest, ties to even; 0 where |x| < 2^-50; NaN where x is NaN or infinite. Written
+     * in whole vectors, zeros past n. */
+    void (*narrow_bf16)(const float *x, int64_t n, uint16_t *y);
 
     /* One row: y = (x - mean) / sqrt(variance + eps) * gain + bias; variance is that of the population, in two passes. */
     void (*layer_norm)(const float *x, int64_t n, const float *gain, const float *bias, float eps, float *y);
@@ -128,9 +166,10 @@ typedef struct pe_kernels {
     double (*exp_sum)(const float *x, int64_t n, float offset, float scale, float *y);
 
     /* The limits of the machine, for those who measure: n rounds of PE_SPIN multiply-adds of vectors that depend on nothing but
-     * their own accumulator, in float32 and int8; and one read of n bytes (a multiple of 256, 64-byte aligned). The results mean
+     * their own accumulator, in float32, bfloat16 and int8; and one read of n bytes (a multiple of 256, 64-byte aligned). The results mean
      * nothing. */
     float (*spin_f32)(int64_t n);
+    float (*spin_bf16)(int64_t n);
     int32_t (*spin_q8)(int64_t n);
     float (*read)(const void *p, int64_t n);
 
@@ -141,6 +180,14 @@ typedef struct pe_kernels {
     /* A float32 panel [k][16] to int8: scale[j] = max |column j| / 127 (1 for a zero column), q = round(panel / scale) in the
      * layout of pe_weights_q8, column_sum[group][16]. */
     void (*pack_q8)(const float *panel, int64_t k, int8_t *q, float *scale, int16_t *column_sum);
+
+    /* A float32 panel [k][16] to bfloat16, rounded as narrow_bf16 does, in the layout of pe_weights_bf16. */
+    void (*pack_bf16)(const float *panel, int64_t k, uint16_t *to);
+
+    /* A float32 panel [k][16] to int4 in the layout of pe_weights_q4. The scale of a group is begun with the value largest in
+     * size at 1.05 or 0.95 times the lowest or the highest entry of the codebook; each time the scale that is best for the
+     * nearest entries is found; the one of the four with the least squared error is refitted once more. */
+    void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale);
 } pe_kernels;
 
 /* cpu.c: what this CPU and its operating system can do, as PE_CPU_* bits. */

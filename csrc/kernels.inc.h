@@ -11,15 +11,20 @@
  * vf_bits vi_bits     reinterpret; vi_shl vi_sra by a constant
  * vf_lt vf_select     (a < b) as a mask; mask ? a : b
  * vf_sum hmax hmin    across the lanes by the fixed tree (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1)
- * vi_load_s16         16 int16; vi_store_u8(p, a) 16 bytes, clamped to 0..255
+ * vi_load_s16         16 int16; vf_load_bf16 16 bfloat16, exact
+ * vi_store_u8(p, a)   16 bytes, clamped to 0..255; vi_store_u16(p, a) the low halves of 16 lanes
  * vq_w vq_weights     64 bytes of packed int8 weights, made ready; vq_a vq_activations 4 bytes of a row, in all lanes
  * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
+ * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
+ * vq_sum(&acc, w)     acc += the sum of the 4 weights
+ * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not
- * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_MANY_PANELS the width for many rows; PE_Q8_… */
+ * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
+ *                     PE_Q8_ and PE_Q4_ likewise */
 
 #include "vecmath.inc.h"
-#include "tiles.inc.h"
 #include "rows.inc.h"
+#include "tiles.inc.h"
 #include "pack.inc.h"
 #include "limits.inc.h"

@@ -83,8 +83,11 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .priority = (rank),                                                                                      \
             .matmul_f32 = matmul_f32,                                                                                \
             .matmul_q8 = matmul_q8,                                                                                  \
+            .matmul_bf16 = matmul_bf16,                                                                              \
+            .matmul_q4 = matmul_q4,                                                                                  \
             .accumulate_f32 = accumulate_f32,                                                                        \
             .quantize_q8 = quantize_q8,                                                                              \
+            .narrow_bf16 = narrow_bf16,                                                                              \
             .layer_norm = layer_norm,                                                                                \
             .activate = activate,                                                                                    \
             .softmax_block = softmax_block,                                                                          \
@@ -93,10 +96,13 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .max = row_max,                                                                                          \
             .exp_sum = exp_sum,                                                                                      \
             .spin_f32 = spin_f32,                                                                                    \
+            .spin_bf16 = spin_bf16,                                                                                  \
             .spin_q8 = spin_q8,                                                                                      \
             .read = read_bytes,                                                                                      \
             .load_panel = load_panel,                                                                                \
             .pack_q8 = pack_q8,                                                                                      \
+            .pack_bf16 = pack_bf16,                                                                                  \
+            .pack_q4 = pack_q4,                                                                                      \
         };                                                                                                           \
         return &table;                                                                                               \
     }

@@ -23,6 +23,30 @@ static float spin_f32(int64_t n)
     return vf_sum(acc[0]);
 }
 
+static float spin_bf16(int64_t n)
+{
+    enum { LIVE = PE_BF16_ROWS_1 < PE_SPIN ? PE_BF16_ROWS_1 : PE_SPIN };
+    uint16_t values[2 * PE_LANES];
+    for (int i = 0; i < 2 * PE_LANES; i++)
+        values[i] = (uint16_t)(0x3f80 + i);
+    const vb w = vb_weights(values);
+    vb a = vb_activations(values);
+    vf acc[LIVE];
+    PE_UNROLL
+    for (int i = 0; i < LIVE; i++)
+        acc[i] = vf_set((float)i);
+    for (int64_t r = 0; r < n * PE_SPIN / LIVE; r++) {
+        PE_FORGET(a);
+        PE_UNROLL
+        for (int i = 0; i < LIVE; i++)
+            vb_dot(&acc[i], a, w);
+    }
+    PE_UNROLL
+    for (int i = 1; i < LIVE; i++)
+        acc[0] = vf_add(acc[0], acc[i]);
+    return vf_sum(acc[0]);
+}
+
 static int32_t spin_q8(int64_t n)
 {
     enum { LIVE = PE_Q8_ROWS_1 < PE_SPIN ? PE_Q8_ROWS_1 : PE_SPIN };

@@ -64,6 +64,13 @@ static int load_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stri
     }
 }
 
+/* 1 / x; 1 where |x| is next to nothing, so that a column of zeros divides nothing by 0. */
+PE_INLINE vf inverse_of(vf x)
+{
+    const vf size = vf_max(x, vf_sub(vf_set(0.0f), x));
+    return vf_div(vf_set(1.0f), vf_select(vf_lt(size, vf_set(1e-35f)), vf_set(1.0f), x));
+}
+
 static void pack_q8(const float *panel, int64_t k, int8_t *q, float *scale, int16_t *column_sum)
 {
     vf largest = vf_set(0.0f);
@@ -71,27 +78,103 @@ static void pack_q8(const float *panel, int64_t k, int8_t *q, float *scale, int1
         const vf v = vf_load(panel + i * PE_LANES);
         largest = vf_max(vf_max(v, vf_sub(vf_set(0.0f), v)), largest);
     }
-    const vf zero_column = vf_set(1.0f);
-    const vf step = vf_select(vf_lt(largest, vf_set(1e-35f)), zero_column, vf_div(largest, vf_set(127.0f)));
+    const vf step = vf_select(vf_lt(largest, vf_set(1e-35f)), vf_set(1.0f), vf_div(largest, vf_set(127.0f)));
     const vf inverse = vf_div(vf_set(1.0f), step);
     vf_store(scale, step);
     for (int64_t start = 0; start < k; start += PE_GROUP, column_sum += PE_LANES) {
         const int64_t end = k - start < PE_GROUP ? k : start + PE_GROUP;
         vi sum = vi_set(0);
-        for (int64_t i = start; i < end; i += 4, q += 4 * PE_LANES)
-            for (int64_t r = 0; r < 4; r++) {
-                vi value = vi_set(0);
-                if (i + r < end)
-                    value = vf_to_int(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse));
-                sum = vi_add(sum, value);
-                int32_t lanes[PE_LANES];
-                memcpy(lanes, &value, sizeof lanes);
-                for (int j = 0; j < PE_LANES; j++)
-                    q[4 * j + r] = (int8_t)lanes[j];
+        for (int64_t i = start; i < end; i += 4, q += 4 * PE_LANES) {
+            vi value[4];
+            PE_UNROLL
+            for (int r = 0; r < 4; r++) {
+                value[r] = i + r < end ? vf_to_int(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse)) : vi_set(0);
+                sum = vi_add(sum, value[r]);
+                value[r] = vi_and(value[r], vi_set(0xff));
             }
-        int32_t lanes[PE_LANES];
-        memcpy(lanes, &sum, sizeof lanes);
-        for (int j = 0; j < PE_LANES; j++)
-            column_sum[j] = (int16_t)lanes[j];
+            const vi low = vi_or(value[0], vi_shl(value[1], 8)), high = vi_or(vi_shl(value[2], 16), vi_shl(value[3], 24));
+            vf_store((float *)(void *)q, vi_bits(vi_or(low, high)));
+        }
+        vi_store_u16((uint16_t *)column_sum, sum);
+    }
+}
+
+static void pack_bf16(const float *panel, int64_t k, uint16_t *to)
+{
+    for (int64_t i = 0; i < k; i += 2, to += 2 * PE_LANES) {
+        const vi even = to_bf16(vf_load(panel + i * PE_LANES));
+        const vi odd = i + 1 < k ? to_bf16(vf_load(panel + (i + 1) * PE_LANES)) : vi_set(0);
+        vf_store((float *)(void *)to, vi_bits(vi_or(even, vi_shl(odd, 16))));
+    }
+}
+
+/* The nearest entry of the codebook, as a value and as its index. */
+PE_INLINE vf nearest_q4(vf x, vi *code)
+{
+    vf value = vf_set(pe_q4_codebook[0]), index = vf_set(0.0f);
+    PE_UNROLL
+    for (int i = 1; i < 16; i++) {
+        const vm below = vf_lt(x, vf_set((float)(pe_q4_codebook[i - 1] + pe_q4_codebook[i]) * 0.5f));
+        value = vf_select(below, value, vf_set(pe_q4_codebook[i]));
+        index = vf_select(below, index, vf_set((float)i));
+    }
+    if (code)
+        *code = vf_to_int(index);
+    return value;
+}
+
+/* The scale that is best for the entries nearest to panel / scale; `gain` is what it takes off the sum of squares. */
+PE_INLINE vf refit_q4(const float *panel, int64_t n, vf scale, vf *gain)
+{
+    const vf inverse = inverse_of(scale);
+    vf product = vf_set(0.0f), square = product;
+    for (int64_t i = 0; i < n; i++) {
+        const vf v = vf_load(panel + i * PE_LANES), entry = nearest_q4(vf_mul(v, inverse), 0);
+        product = vf_fma(v, entry, product);
+        square = vf_fma(entry, entry, square);
+    }
+    const vf best = vf_mul(product, inverse_of(square));
+    *gain = vf_mul(product, best);
+    return best;
+}
+
+/* A scale for n values of each of 16 columns, in bfloat16. */
+PE_INLINE vf scale_q4(const float *panel, int64_t n)
+{
+    static const float starts[] = {0.95f, 1.05f};
+    vf largest = vf_set(0.0f), size = largest, scale = largest, gain = vf_set(-1.0f);
+    for (int64_t i = 0; i < n; i++) {
+        const vf v = vf_load(panel + i * PE_LANES), s = vf_max(v, vf_sub(vf_set(0.0f), v));
+        largest = vf_select(vf_lt(size, s), v, largest);
+        size = vf_max(size, s);
+    }
+    for (int end = 0; end < 16; end += 15)
+        for (int i = 0; i < 2; i++) {
+            vf g;
+            const vf s = refit_q4(panel, n, vf_mul(largest, vf_set(starts[i] / pe_q4_codebook[end])), &g);
+            const vm better = vf_lt(gain, g);
+            scale = vf_select(better, s, scale);
+            gain = vf_select(better, g, gain);
+        }
+    return vi_bits(vi_shl(to_bf16(refit_q4(panel, n, scale, &gain)), 16));
+}
+
+static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale)
+{
+    for (int64_t start = 0; start < k; start += PE_Q4_GROUP, scale += PE_LANES) {
+        const int64_t end = k - start < PE_Q4_GROUP ? k : start + PE_Q4_GROUP;
+        const vf step = scale_q4(panel + start * PE_LANES, end - start), inverse = inverse_of(step);
+        vi_store_u16(scale, vi_and(vi_sra(vf_bits(step), 16), vi_set(0xffff)));
+        for (int64_t i = start; i < start + PE_Q4_GROUP; i += 8, q += 4 * PE_LANES) {
+            vi bits = vi_set(0);
+            PE_UNROLL
+            for (int r = 0; r < 8; r++) {
+                vi code = vi_set(PE_Q4_ZERO);
+                if (i + r < end)
+                    nearest_q4(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse), &code);
+                bits = vi_or(bits, vi_shl(code, r % 4 * 8 + r / 4 * 4));
+            }
+            vf_store((float *)(void *)q, vi_bits(bits));
+        }
     }
 }

@@ -42,6 +42,23 @@ static void quantize_q8(const float *x, int64_t n, uint8_t *q, float *scale, int
         quantize_group(x + i, n - i < PE_GROUP ? n - i : PE_GROUP, q + i, scale + g, zero + g);
 }
 
+/* A float as bfloat16, in the low half of its lane: to nearest, ties to even; 0 below 2^-50, NaN where it isn't finite. */
+PE_INLINE vi to_bf16(vf x)
+{
+    const vi bits = vf_bits(x), last = vi_and(vi_sra(bits, 16), vi_set(1));
+    const vi rounded = vi_sra(vi_add(bits, vi_add(vi_set(0x7fff), last)), 16);
+    const vf size = vf_max(x, vf_sub(vf_set(0.0f), x));
+    const vf normal = vf_select(vf_lt(size, vf_set(0x1p-50f)), vf_set(0.0f), vi_bits(rounded));
+    const vm finite = vf_lt(vf_set(-1.0f), vf_mul(x, vf_set(0.0f)));
+    return vi_and(vf_bits(vf_select(finite, normal, vi_bits(vi_set(0x7fc0)))), vi_set(0xffff));
+}
+
+static void narrow_bf16(const float *x, int64_t n, uint16_t *y)
+{
+    for (int64_t i = 0; i < n; i += PE_LANES)
+        vi_store_u16(y + i, to_bf16(load_or(x, i, n, 0.0f)));
+}
+
 /* The mean of d^2 is taken about a rounded mean; `shift`, the mean of d, corrects both. So a row far from 0 loses nothing. */
 static void layer_norm(const float *x, int64_t n, const float *gain, const float *bias, float eps, float *y)
 {

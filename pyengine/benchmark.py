@@ -27,9 +27,11 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
         f"{executor.simd}"
     )
     bandwidth = limits.read_bandwidth(executor.threads)
-    peak = (limits.peak_int8 if model.dtype == "int8" else limits.peak_float32)(executor.threads)
-    unit = "GOPS" if model.dtype == "int8" else "GFLOPS"
-    yield f"limits: {bandwidth / 1e9:.1f} GB/s read, {peak / 1e9:,.0f} {unit} {model.dtype}"
+    multiplied = "int8" if model.dtype == "int4" else model.dtype
+    peaks = {"float32": limits.peak_float32, "bfloat16": limits.peak_bfloat16, "int8": limits.peak_int8}
+    peak = peaks[multiplied](executor.threads)
+    unit = "GOPS" if multiplied == "int8" else "GFLOPS"
+    yield f"limits: {bandwidth / 1e9:.1f} GB/s read, {peak / 1e9:,.0f} {unit} {multiplied}"
     prefills, decodes = [], []
     for i in range(rounds + 1):
         rng = np.random.default_rng(i)

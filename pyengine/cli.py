@@ -181,7 +181,7 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--model", default="demo", metavar="M", help="a folder, a model id of the hub, or demo (the bundled one)"
     )
-    sub.add_argument("--dtype", default="int8", metavar="D", help="float32 or int8 (default)")
+    sub.add_argument("--dtype", default="int8", metavar="D", help="float32, bfloat16, int8 (default) or int4")
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
 
@@ -277,6 +277,7 @@ def write(text: str) -> None:
 def info(arguments: argparse.Namespace) -> int:
     """Says what the machine can do, and what a model needs."""
     from ._native import simd
+    from ._native.matmul import DTYPES
     from .cost import cost
     from .model import plan_of
     from .threads import choose_threads
@@ -286,6 +287,8 @@ def info(arguments: argparse.Namespace) -> int:
     print(f"CPU          {cpu_name()}: {', '.join(simd.features()) or 'no SIMD that is used'}")
     why = "set by PYENGINE_ISA, one of" if os.environ.get("PYENGINE_ISA") else "the best of"
     print(f"SIMD level   {simd.active()}: {why} {', '.join(simd.levels())}")
+    how = "multiplied by the CPU" if simd.multiplies_bfloat16() else "widened and multiplied as float32: no BF16 here"
+    print(f"bfloat16     {how}")
     print(f"threads      {threads.count}: {threads.reason}")
     if arguments.model is None:
         return 0
@@ -296,7 +299,7 @@ def info(arguments: argparse.Namespace) -> int:
         f"vocabulary {plan.vocab_size:,}, context {plan.max_seq_len:,}"
     )
     print(f"{'dtype':<12} {'weights':>12} {'KV cache, full':>16} {'read per token':>16}")
-    for dtype in ("float32", "int8"):
+    for dtype in DTYPES:
         c = cost(plan, dtype)
         kv = c.kv_bytes_per_token * plan.max_seq_len
         print(f"{dtype:<12} {c.weight_bytes / 1e6:>9,.1f} MB {kv / 1e6:>13,.1f} MB {c.decode_bytes / 1e6:>13,.1f} MB")

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from .plan import Attend, Embed, Linear, MatrixSpec, Plan
 
-GROUP = 128  # values of an int8 weight's column that share a column sum (PE_GROUP in csrc/kernels.h)
+# PE_GROUP, PE_Q4_GROUP and PE_LANES of csrc/kernels.h
+GROUP = 128  # values of an int8 weight's column that share a column sum
+Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
 
 
@@ -24,17 +26,31 @@ class Cost:
     attention_flops_per_position: int  # for a token, times the positions that it looks at
 
 
+def matrix_dtypes(plan: Plan, dtype: str) -> dict[str, str]:
+    """What each matrix is kept as in a model of `dtype`: in int4 the head and the tables of tokens stay int8."""
+    by_token = {op.token_table for op in plan.ops if isinstance(op, Embed)}
+    by_token |= {op.weight for op in plan.linears() if op.out == plan.logits}
+    return {name: "int8" if dtype == "int4" and name in by_token else dtype for name in plan.matrices}
+
+
 def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
     """The memory of a packed matrix."""
     columns = _whole(spec.n_out, LANES)
-    if dtype == "float32":
-        return 4 * columns * spec.n_in
-    return columns * (_whole(spec.n_in, 4) + 2 * _whole(spec.n_in, GROUP) // GROUP + 4)
+    match dtype:
+        case "float32":
+            return 4 * columns * spec.n_in
+        case "bfloat16":
+            return 2 * columns * _whole(spec.n_in, 2)
+        case "int8":
+            return columns * (_whole(spec.n_in, 4) + 2 * _whole(spec.n_in, GROUP) // GROUP + 4)
+        case _:
+            return columns * (_whole(spec.n_in, Q4_GROUP) // 2 + 2 * _whole(spec.n_in, Q4_GROUP) // Q4_GROUP)
 
 
 def cost(plan: Plan, dtype: str) -> Cost:
-    """The cost of a plan whose matrices are kept as `dtype` (float32 or int8)."""
-    memory = {name: matrix_bytes(spec, dtype) for name, spec in plan.matrices.items()}
+    """The cost of a plan whose matrices are kept as `dtype` (float32, bfloat16, int8 or int4)."""
+    dtypes = matrix_dtypes(plan, dtype)
+    memory = {name: matrix_bytes(spec, dtypes[name]) for name, spec in plan.matrices.items()}
     size = {name: spec.n_out * spec.n_in for name, spec in plan.matrices.items()}
     vectors = sum(math.prod(spec.shape) for spec in plan.vectors.values())
     read = {op.weight for op in plan.linears()}

@@ -2,9 +2,9 @@
 
 Where a channel runs from a norm into matrix products, dividing the norm's gain and bias by s and multiplying the
 products' column by s changes nothing; likewise between the values of attention and the output projection. With s =
-sqrt(range of the channel / largest weight that it meets), channels and weights both get ranges that int8 resolves
-(Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction"; the square root is
-SmoothQuant's, Xiao et al. 2022).
+(range of the channel / largest weight that it meets) ^ power, channels and weights both get ranges that int8 resolves
+(Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction"; the power is that of
+SmoothQuant, Xiao et al. 2022).
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ Columns = Callable[[str], Iterator[tuple[int, Floats]]]  # a matrix's name → (
 # A normalised channel stays within this many standard deviations for nearly all tokens.
 DEVIATIONS = 3.0
 
+# 4-bit weights have less room for a channel's range, so less of it goes to them. Measured on the bundled model: KL
+# divergence 0.033 at 0.35 and 0.036 at 0.5; with outliers 0.038 and 0.043 (at 0.25: 0.032 and 0.050).
+POWER = {"int8": 0.5, "int4": 0.35}
+
 
 @dataclass
 class Scales:
@@ -33,21 +37,21 @@ class Scales:
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # weights that aren't finite are refused when packed
-def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns) -> Scales:
-    """The scales of every matrix; changes the norms' gains and biases, and the biases of values, in `vectors` to
-    match.
+def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns, dtype: str) -> Scales:
+    """The scales of every matrix of a model in `dtype`; changes the norms' gains and biases, and the biases of values,
+    in `vectors` to match.
     """
-    scales = Scales()
+    scales, power = Scales(), POWER[dtype]
     for i, op in enumerate(plan.ops):
         linears = readers(plan, i)
         if not linears or any(linear.weight in scales.ins for linear in linears):
             continue
         largest = np.max([largest_by_input(columns(linear.weight)) for linear in linears], axis=0)
         if isinstance(op, Norm):
-            s = _scale(DEVIATIONS * np.abs(vectors[op.gain]) + np.abs(vectors[op.bias]), largest)
+            s = _scale(DEVIATIONS * np.abs(vectors[op.gain]) + np.abs(vectors[op.bias]), largest, power)
             vectors[op.gain], vectors[op.bias] = vectors[op.gain] / s, vectors[op.bias] / s
         elif isinstance(op, Attend):
-            s = _equalize_values(plan, i, largest, vectors, columns, scales)
+            s = _equalize_values(plan, i, largest, vectors, columns, scales, power)
         else:
             continue
         for linear in linears:
@@ -69,7 +73,7 @@ def readers(plan: Plan, i: int) -> list[Linear]:
 
 
 def _equalize_values(
-    plan: Plan, i: int, largest: Floats, vectors: dict[str, Floats], columns: Columns, scales: Scales
+    plan: Plan, i: int, largest: Floats, vectors: dict[str, Floats], columns: Columns, scales: Scales, power: float
 ) -> Floats:
     """The scale of attention's output [n_head head_dim]; the product that makes the values is divided by it."""
     attend, qkv = plan.ops[i], plan.ops[i - 1]
@@ -83,7 +87,7 @@ def _equalize_values(
     value_range = DEVIATIONS * spread[-n_value:] + (0.0 if bias is None else np.abs(bias[-n_value:]))
     # Heads that share a kv head share its channels: the weights that a channel meets are those of all of them.
     by_group = largest.reshape(attend.n_kv_head, -1, attend.head_dim).max(axis=1)
-    s = _scale(value_range, by_group.reshape(-1))
+    s = _scale(value_range, by_group.reshape(-1), power)
     outs = np.ones(spread.size, np.float32)
     outs[-n_value:] = 1 / s
     scales.outs[qkv.weight] = outs
@@ -105,7 +109,7 @@ def largest_by_input(columns: Iterator[tuple[int, Floats]]) -> Floats:
     return largest
 
 
-def _scale(channel_range: npt.NDArray[np.floating], weight_range: Floats) -> Floats:
-    """sqrt(range of the channel / of its weights); 1 where that says nothing, as one of them is 0 or not finite."""
+def _scale(channel_range: npt.NDArray[np.floating], weight_range: Floats, power: float) -> Floats:
+    """(range of the channel / of its weights) ^ power; 1 where that says nothing, as one of them is 0 or not finite."""
     ratio = channel_range / weight_range
-    return np.sqrt(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1)).astype(np.float32)
+    return (np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1) ** power).astype(np.float32)

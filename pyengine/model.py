@@ -29,7 +29,7 @@ from .tokenizer import Tokenizer
 from .weights import load_weights
 
 Prompt = str | SequenceOf[int]
-Dtype = Literal["float32", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 # What a checkpoint's folder may hold that is read; nothing else is downloaded.
 FILES = ["*.json", "*.safetensors", "merges.txt"]
@@ -44,10 +44,12 @@ def load(
     """Loads a model from a Hugging Face checkpoint, as it is: a folder, "demo" (the bundled one), or a model id of
     the hub.
 
-    dtype is what the matrices are kept and multiplied in: "float32", or "int8" (weights and activations; a fourth of
-    the memory, several times as fast, a perplexity about 0.2 % higher). threads is the number of threads, by default
-    that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is called now and then
-    with the bytes of weights that are packed, and of all.
+    dtype is what the matrices are kept and multiplied in: "float32"; "bfloat16" (half the memory; weights and
+    activations rounded to 8 bits of precision; fast where the CPU multiplies it, as `pyengine info` tells); "int8"
+    (weights and activations; a fourth of the memory, several times as fast, a perplexity about 0.2 % higher); or
+    "int4" (weights of 4.5 bits, the embedding and the head in int8; activations in int8). threads is the number of
+    threads, by default that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is
+    called now and then with the bytes of weights that are packed, and of all.
 
     A model id, such as "openai-community/gpt2", needs the extra `hub` and is downloaded by huggingface_hub into its
     cache. Raises CheckpointError and CheckpointFileError for what is wrong with the checkpoint, ArgumentError for the

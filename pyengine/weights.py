@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ._native.matmul import PackedMatrix
 from .checkpoint import Checkpoint, TensorInfo
-from .equalize import Scales, equalize
+from .cost import matrix_dtypes
+from .equalize import POWER, Scales, equalize
 from .errors import CheckpointError
 from .plan import Plan
 
@@ -93,19 +94,20 @@ def load_weights(
     threads: int,
     progress: Progress | None = None,
 ) -> tuple[dict[str, PackedMatrix], dict[str, Floats]]:
-    """The plan's matrices packed as `dtype` (float32 or int8), and its vectors in float32.
+    """The plan's matrices packed as `dtype` (see cost.matrix_dtypes), and its vectors in float32.
 
     `tensors` maps the plan's names to tensors. `progress` is called with the bytes that were packed so far, and all.
     Raises CheckpointError where a value is NaN or infinite.
     """
     reader = TensorReader(checkpoint, tensors, plan)
     vectors = {name: reader.vector(name) for name in plan.vectors}
-    scales = Scales() if dtype == "float32" else equalize(plan, vectors, reader.columns)
+    scales = equalize(plan, vectors, reader.columns, dtype) if dtype in POWER else Scales()
+    dtypes = matrix_dtypes(plan, dtype)
     total = sum(tensors[name].nbytes for name in plan.matrices)
     done = 0
     matrices = {}
     for name, spec in plan.matrices.items():
-        matrix = matrices[name] = PackedMatrix(spec.n_out, spec.n_in, dtype)
+        matrix = matrices[name] = PackedMatrix(spec.n_out, spec.n_in, dtypes[name])
         for first, raw in reader.slabs(name):
             bad = matrix.pack(
                 raw, tensors[name].dtype, spec.layout, first, scales.ins.get(name), scales.outs.get(name), threads

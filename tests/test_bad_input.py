@@ -155,7 +155,7 @@ NOT_FINITE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("name", "index"), NOT_FINITE)
 def test_not_finite(
@@ -188,8 +188,8 @@ def spoil(source: Path, folder: Path, name: str, index: tuple[int, ...], value: 
 # What is wrong with an argument.
 
 LOAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"dtype": "int4"}, ArgumentError, "dtype: expected one of float32, int8, got 'int4'"),
-    "no dtype": ({"dtype": None}, ArgumentError, "dtype: expected one of float32, int8, got None"),
+    "dtype": ({"dtype": "int3"}, ArgumentError, "dtype: expected one of float32, bfloat16, int8, int4, got 'int3'"),
+    "no dtype": ({"dtype": None}, ArgumentError, "dtype: expected one of float32, bfloat16, int8, int4, got None"),
     "threads 0": ({"threads": 0}, ArgumentError, "threads: expected 1..1024, got 0"),
     "threads -1": ({"threads": -1}, ArgumentError, "threads: expected 1..1024, got -1"),
     "threads True": ({"threads": True}, ArgumentTypeError, "threads: expected an integer, got True"),

@@ -155,7 +155,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 REFUSED = {
     "folder": (("--model", "/nonexistent/model"), "/nonexistent/model: expected a checkpoint's folder, got nothing"),
     "model id": (("--model", "no-such-model"), "no-such-model: expected a folder, 'demo', or a model id"),
-    "dtype": (("--dtype", "int4"), "dtype: expected one of float32, int8, got 'int4'"),
+    "dtype": (("--dtype", "int3"), "dtype: expected one of float32, bfloat16, int8, int4, got 'int3'"),
     "threads": (("--threads", "0"), "threads: expected 1..1024, got 0"),
     "temperature": (("--temperature", "-1"), "temperature: expected at least 0, got -1.0"),
     "nan": (("--temperature", "nan"), "temperature: expected at least 0, got nan"),
@@ -211,7 +211,7 @@ def test_info() -> None:
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("pyengine ")
-    assert [line.split("  ")[0] for line in lines[1:]] == ["CPU", "SIMD level", "threads"]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["CPU", "SIMD level", "bfloat16", "threads"]
     assert "portable: set by PYENGINE_ISA, one of " in out
     assert "threads      3: as requested" in out
 
@@ -222,6 +222,7 @@ def test_info_of_a_model() -> None:
     assert "demo: gpt2, 5,918,720 parameters\n" in out
     assert re.search(r"^float32 +23\.7 MB +6\.3 MB +23\.1 MB$", out, re.MULTILINE)
     assert re.search(r"^int8 +6\.5 MB ", out, re.MULTILINE)
+    assert re.search(r"^int4 +4\.\d MB ", out, re.MULTILINE)
     assert re.search(r"^operations   9\.4 M a token, 2\.1 M more for its logits", out, re.MULTILINE)
 
 

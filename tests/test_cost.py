@@ -9,7 +9,7 @@ import pytest
 from checkpoints import CONFIG, bound, write_checkpoint
 
 from pyengine._native.attention import KVLayout
-from pyengine._native.matmul import PackedMatrix
+from pyengine._native.matmul import DTYPES, PackedMatrix
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost, matrix_bytes
@@ -20,13 +20,13 @@ from pyengine.weights import load_weights
 SIZES = [(1, 1), (15, 3), (16, 4), (17, 5), (33, 127), (48, 128), (50, 129), (31, 255), (257, 256), (7, 1000)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_out", "n_in"), SIZES)
 def test_matrix(n_out: int, n_in: int, dtype: str) -> None:
     assert matrix_bytes(MatrixSpec("w", n_out, n_in, "out_in"), dtype) == PackedMatrix(n_out, n_in, dtype).nbytes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}, {"n_embd": 60, "n_head": 3, "n_inner": 77}])
 def test_weights(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
     write_checkpoint(tmp_path, config)

@@ -104,6 +104,95 @@ def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
         assert (np.abs(weights - w) <= np.abs(w).max(1, keepdims=True) / 127 * 0.501).all()
 
 
+def to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """To nearest, ties to even; 0 below 2^-50."""
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
+    return np.where(np.abs(x) < 2.0**-50, np.float32(0), rounded)
+
+
+@pytest.mark.parametrize("n_row", ROWS)
+def test_matmul_bfloat16_is_what_its_values_say(level: str, n_row: int) -> None:
+    """Rounded activations times rounded weights, summed in float64, is what comes out."""
+    rng = np.random.default_rng(n_row)
+    for n_out, n_in in ((1, 1), (16, 7), (40, 300), (130, 128), (65, 257)):
+        x = (rng.standard_cauchy((n_row, n_in)) * 2.0 ** rng.integers(-60, 20, (n_row, n_in))).astype(np.float32)
+        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        packed = pack(w, "bfloat16")
+        weights = np.stack([packed.row(i) for i in range(n_out)])
+        assert np.array_equal(weights, to_bfloat16(w))
+        values = to_bfloat16(x)
+        exact = values.astype(np.float64) @ weights.T.astype(np.float64)
+        assert (np.abs(matmul(x, packed, 2) - exact) <= matmul_bound(values, weights)).all()
+
+
+def test_bfloat16_rounding(level: str) -> None:
+    """Products with 1 show the rounded values themselves: ties, subnormals, the largest; what isn't finite is NaN."""
+    bits = np.concatenate([np.arange(0, 2**32, 65521, np.uint32), np.arange(0x3F800000, 0x3F840000, 0x2000, np.uint32)])
+    x = bits.view(np.float32)
+    x = x[np.isfinite(x) & (np.abs(x) < 3.38e38)]
+    one = pack(np.eye(16, 1, dtype=np.float32), "bfloat16")
+    assert np.array_equal(matmul(x.reshape(-1, 1), one)[:, 0], to_bfloat16(x))
+    for special in (np.nan, np.inf, -np.inf):
+        assert np.isnan(matmul(np.array([[special]], np.float32), one)[0, 0])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_matmul_narrow_sizes(level: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for n_out, n_in in ((n, 20), (20, n)):
+        x = rng.standard_normal((3, n_in)).astype(np.float32)
+        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+        packed = pack(w, "bfloat16")
+        error = np.abs(matmul(x, packed) - to_bfloat16(x).astype(np.float64) @ to_bfloat16(w).T.astype(np.float64))
+        assert (error <= matmul_bound(x, w)).all()
+        check_int4(x, w)
+
+
+@pytest.mark.parametrize("n_row", ROWS)
+def test_matmul_int4_rows(level: str, n_row: int) -> None:
+    rng = np.random.default_rng(n_row)
+    for n_out, n_in in ((16, 7), (40, 300), (130, 128), (65, 257)):
+        x = rng.standard_normal((n_row, n_in)) + 5 * rng.standard_normal((n_row, 1))
+        check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
+
+
+def check_int4(x: NDArray[np.float32], w: NDArray[np.float32]) -> None:
+    """Quantised activations times quantised weights, summed in float64, is what comes out."""
+    packed = pack(w, "int4")
+    weights = np.stack([packed.row(i) for i in range(len(w))]).astype(np.float64)
+    q, scale, zero = quantize(x)
+    group = np.arange(x.shape[1]) // 128
+    values = scale[:, group].astype(np.float64) * (q.astype(np.int64) - zero[:, group])
+    # The zero point is taken off at the end of a group: what is rounded on the way is as large as q.
+    size = scale[:, group] * (q.astype(np.float64) + np.abs(zero[:, group]))
+    assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= 2.0**-21 * (size @ np.abs(weights).T)).all()
+
+
+def test_int4_weights(level: str) -> None:
+    """Each group of 32 is a scale in bfloat16 times entries of the codebook, near the best scale there is."""
+    rng = np.random.default_rng(1)
+    w = np.concatenate([rng.standard_normal((40, 96)), rng.standard_t(5, (40, 96))]).astype(np.float32)
+    w[3] = 0
+    w[5, :32], w[5, 7] = 0, -3e-3
+    packed = pack(w, "int4")
+    got = np.stack([packed.row(i) for i in range(len(w))]).reshape(-1, 32)
+    groups = w.reshape(-1, 32)
+    entries = np.array([-127, -99, -78, -61, -46, -33, -22, -11, 0, 11, 22, 34, 47, 62, 81, 105], np.float32)
+    assert np.array_equal(packed.row(3), np.zeros(96)) and packed.row(5)[7] == pytest.approx(-3e-3, rel=2e-3)
+    errors, least = [], []
+    for values, kept in zip(groups, got, strict=True):
+        size = float(np.abs(values).max()) or 1.0
+        best = np.inf
+        for scale in np.outer([-1, 1], size / np.linspace(90, 160, 100)).ravel():
+            nearest = entries[np.abs(values[:, None] / scale - entries).argmin(1)] * scale
+            best = min(best, float(((values - nearest) ** 2).sum()))
+        errors.append(float(((values - kept) ** 2).sum()))
+        least.append(best)
+    assert all(error <= 1.6 * best + 1e-9 for error, best in zip(errors, least, strict=True))
+    assert sum(errors) <= 1.03 * sum(least)
+
+
 def test_quantize_extremes(level: str) -> None:
     x = np.zeros((7, 128), np.float32)
     x[1] = 5.0  # constant
@@ -191,7 +280,9 @@ def test_same_bits_across_levels() -> None:
         before = simd.use(name)
         results = [
             matmul(x, pack(w, "float32")),
+            matmul(x, pack(w, "bfloat16")),
             matmul(x, pack(w, "int8")),
+            matmul(x, pack(w, "int4")),
             layer_norm(x, w[0], w[1], 1e-5),
             softmax(x),
         ]

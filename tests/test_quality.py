@@ -1,4 +1,6 @@
-"""What int8 costs in quality, on the bundled model and real prose: as it is, and with outliers that break int8."""
+"""What int8, int4 and bfloat16 cost in quality, on the bundled model and real prose: as it is, and with outliers that
+break int8.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass
 class Quality:
-    """int8 against float32."""
+    """Against float32."""
 
     perplexity_ratio: float
     divergence: float  # mean Kullback-Leibler divergence of the next token's distribution, nats
@@ -59,9 +61,8 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The factor is a power of 2: the function is the same.
     """
     folder = tmp_path_factory.mktemp("outliers")
-    with Checkpoint.open(find("demo")) as checkpoint:
-        tensors = {name.removeprefix("transformer."): read(checkpoint, name) for name in checkpoint.tensors}
-        n_layer, d_model = checkpoint.config["n_layer"], checkpoint.config["n_embd"]
+    tensors = demo_tensors()
+    n_layer, d_model = 6, len(tensors["ln_f.weight"])
     rng = np.random.default_rng(1)
     for layer in (f"h.{i}." for i in range(n_layer)):
         for norm, reader in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
@@ -73,10 +74,21 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[f"{layer}attn.c_attn.weight"][:, 2 * d_model + channels] *= FACTOR
         tensors[f"{layer}attn.c_attn.bias"][2 * d_model + channels] *= FACTOR
         tensors[f"{layer}attn.c_proj.weight"][channels] /= FACTOR
+    write_demo(folder, tensors)
+    return folder
+
+
+def demo_tensors() -> dict[str, Floats]:
+    """The bundled model's tensors in float32."""
+    with Checkpoint.open(find("demo")) as checkpoint:
+        return {name.removeprefix("transformer."): read(checkpoint, name) for name in checkpoint.tensors}
+
+
+def write_demo(folder: Path, tensors: dict[str, Floats]) -> None:
+    """A checkpoint as the bundled one, with these tensors."""
     save(folder / "model.safetensors", {name: ("F32", array) for name, array in tensors.items()})
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(find("demo") / name, folder / name)
-    return folder
 
 
 def read(checkpoint: Checkpoint, name: str) -> Floats:
@@ -111,10 +123,43 @@ def test_bundled_model(windows: list[list[int]], expected: list[Doubles]) -> Non
     assert got.same_top >= 0.955
 
 
+def test_bfloat16(windows: list[list[int]], expected: list[Doubles]) -> None:
+    got = quality(pyengine.load("demo", dtype="bfloat16"), windows, expected)
+    assert abs(got.perplexity_ratio - 1) <= 0.001
+    assert 0 < got.divergence <= 0.0002
+    assert got.same_top >= 0.985
+
+
+def q4_0(w: Floats) -> Floats:
+    """Weights [n_out, n_in] through ggml's Q4_0, 4.5 bits as int4: 32 values share a scale in float16."""
+    groups = w.reshape(-1, 32)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+    scale = (largest / -8).astype(np.float16).astype(np.float32)
+    codes = np.clip(np.floor(groups / np.where(scale == 0, 1, scale) + 8.5), 0, 15) - 8
+    return (scale * codes).reshape(w.shape)
+
+
+def test_int4_is_better_than_q4_0(tmp_path: Path, windows: list[list[int]], expected: list[Doubles]) -> None:
+    """At equal bits, though int4 has activations in int8 besides, and Q4_0 is given float32 everywhere else."""
+    tensors = demo_tensors()
+    for name, w in tensors.items():
+        if w.ndim == 2 and name.startswith("h."):
+            tensors[name] = np.ascontiguousarray(q4_0(np.ascontiguousarray(w.T)).T)
+    write_demo(tmp_path, tensors)
+    theirs = quality(pyengine.load(tmp_path, dtype="float32"), windows, expected)
+    ours = quality(pyengine.load("demo", dtype="int4"), windows, expected)
+    assert ours.perplexity_ratio < theirs.perplexity_ratio
+    assert ours.divergence < 0.85 * theirs.divergence
+    assert ours.perplexity_ratio <= 1.045
+    assert 0.002 < ours.divergence <= 0.04
+    assert ours.same_top >= 0.85
+
+
 def test_outliers(outliers: Path, windows: list[list[int]], expected: list[Doubles]) -> None:
     got = quality(pyengine.load(outliers, dtype="int8"), windows, expected)
     assert got.perplexity_ratio <= 1.005
     assert 0 < got.divergence <= 0.004
+    assert quality(pyengine.load(outliers, dtype="int4"), windows, expected).divergence <= 0.045
 
 
 def test_outliers_leave_float32_as_it_is(outliers: Path, windows: list[list[int]]) -> None:
@@ -127,7 +172,7 @@ def test_control_without_equalisation(
     outliers: Path, windows: list[list[int]], expected: list[Doubles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The outliers do break int8: it is the equalising that holds the gate."""
-    monkeypatch.setattr("pyengine.weights.equalize", lambda plan, vectors, columns: Scales())
+    monkeypatch.setattr("pyengine.weights.equalize", lambda plan, vectors, columns, dtype: Scales())
     got = quality(pyengine.load(outliers, dtype="int8"), windows, expected)
     assert got.perplexity_ratio > 1.005
     assert got.divergence > 0.004

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import pyengine
 from pyengine._native import simd
+from pyengine._native.matmul import DTYPES
 from pyengine.executor import Executor, Rows
 
 LENGTHS = (150, 1, 64, 65, 17, 128, 3, 127, 90)
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["float32", "int8"])
+@pytest.fixture(params=DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -77,6 +77,17 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     return (vi){_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
+PE_INLINE vf vf_load_bf16(const uint16_t *p)
+{
+    return vi_bits((vi){_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16),
+                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8))), 16)});
+}
+PE_INLINE void vi_store_u16(uint16_t *p, vi a)
+{
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.l, low), _mm256_and_si256(a.h, low));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(words, 0xd8));
+}
 PE_INLINE void vi_store_u8(uint8_t *p, vi a)
 {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.l, a.h), 0xd8); /* packs works in 128-bit halves */
@@ -100,13 +111,34 @@ PE_TREE(vf_hmin, _mm256_min_ps, _mm_min_ps, _mm_min_ss)
 typedef struct { vi even, odd; } vq_w;
 typedef struct { __m256i even, odd; } vq_a;
 
-PE_INLINE vq_w vq_weights(const int8_t *p)
+PE_INLINE vq_w widened(__m256i l, __m256i h)
 {
-    __m256i l = _mm256_loadu_si256((const __m256i *)p), h = _mm256_loadu_si256((const __m256i *)(p + 32));
     return (vq_w){
         {_mm256_srai_epi16(_mm256_slli_epi16(l, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(h, 8), 8)},
         {_mm256_srai_epi16(l, 8), _mm256_srai_epi16(h, 8)},
     };
+}
+
+PE_INLINE vq_w vq_weights(const int8_t *p)
+{
+    return widened(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32)));
+}
+
+PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high)
+{
+    const __m256i l = _mm256_loadu_si256((const __m256i *)p), h = _mm256_loadu_si256((const __m256i *)(p + 32));
+    const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), mask = _mm256_set1_epi8(15);
+    *low = widened(_mm256_shuffle_epi8(entries, _mm256_and_si256(l, mask)),
+                   _mm256_shuffle_epi8(entries, _mm256_and_si256(h, mask)));
+    *high = widened(_mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(l, 4), mask)),
+                    _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(h, 4), mask)));
+}
+
+PE_INLINE void vq_sum(vi *acc, vq_w w)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    *acc = vi_add(*acc, (vi){_mm256_madd_epi16(_mm256_add_epi16(w.even.l, w.odd.l), ones),
+                             _mm256_madd_epi16(_mm256_add_epi16(w.even.h, w.odd.h), ones)});
 }
 
 PE_INLINE vq_a vq_activations(const uint8_t *p)
@@ -130,11 +162,19 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 #define PE_F32_ROWS_1 6
 #define PE_F32_ROWS_2 3
 #define PE_F32_ROWS_4 1
-#define PE_MANY_PANELS 1
+#define PE_F32_MANY 1
+#define PE_BF16_ROWS_1 4
+#define PE_BF16_ROWS_2 1
+#define PE_BF16_ROWS_4 1
+#define PE_BF16_MANY 1
 #define PE_Q8_ROWS_1 4
 #define PE_Q8_ROWS_2 1
 #define PE_Q8_ROWS_4 1
-#define PE_Q8_MANY_PANELS 1
+#define PE_Q8_MANY 1
+#define PE_Q4_ROWS_1 3
+#define PE_Q4_ROWS_2 1
+#define PE_Q4_ROWS_4 1
+#define PE_Q4_MANY 1
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(avx2, PE_CPU_AVX2_FMA, 20)

@@ -43,6 +43,20 @@ PE_INLINE void vi_store_u8(uint8_t *p, vi a)
     vi inside = vi_min(vi_max(a, vi_set(0)), vi_set(255));
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(inside));
 }
+PE_INLINE void vi_store_u16(uint16_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
+PE_INLINE vf vf_load_bf16(const uint16_t *p)
+{
+    return vi_bits(vi_shl(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+/* 64 bytes as 2 x 64 values of a table of 16. */
+PE_INLINE void nibbles(const uint8_t *p, const int8_t *table, vi *low, vi *high)
+{
+    const vi bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    const vi entries = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    *low = _mm512_shuffle_epi8(entries, _mm512_and_si512(bytes, mask));
+    *high = _mm512_shuffle_epi8(entries, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask));
+}
 
 #define PE_TREE(name, type, op256, op128, ops)                                                                       \
     PE_INLINE float name(vf v)                                                                                       \
@@ -70,4 +84,4 @@ PE_TREE(vf_hmin, float, _mm256_min_ps, _mm_min_ps, _mm_min_ss)
 #define PE_F32_ROWS_1 12
 #define PE_F32_ROWS_2 12
 #define PE_F32_ROWS_4 6
-#define PE_MANY_PANELS 2
+#define PE_F32_MANY 2

@@ -95,6 +95,19 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     int16x8_t l = vld1q_s16(p), h = vld1q_s16(p + 8);
     return (vi){vmovl_s16(vget_low_s16(l)), vmovl_high_s16(l), vmovl_s16(vget_low_s16(h)), vmovl_high_s16(h)};
 }
+PE_INLINE vf vf_load_bf16(const uint16_t *p)
+{
+    uint16x8_t l = vld1q_u16(p), h = vld1q_u16(p + 8);
+    return (vf){
+        vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(l), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(l), 16)),
+        vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(h), 16)),
+    };
+}
+PE_INLINE void vi_store_u16(uint16_t *p, vi x)
+{
+    vst1q_s16((int16_t *)p, vcombine_s16(vmovn_s32(x.a), vmovn_s32(x.b)));
+    vst1q_s16((int16_t *)p + 8, vcombine_s16(vmovn_s32(x.c), vmovn_s32(x.d)));
+}
 PE_INLINE void vi_store_u8(uint8_t *p, vi x)
 {
     int16x8_t l = vqmovn_high_s32(vqmovn_s32(x.a), x.b), h = vqmovn_high_s32(vqmovn_s32(x.c), x.d);
@@ -132,10 +145,20 @@ PE_INLINE int32x4_t dot4(int32x4_t acc, int8x16_t a, int8x16_t w)
     return vdotq_s32(acc, a, w);
 #endif
 }
+PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high)
+{
+    const int8x16_t entries = vld1q_s8(table);
+    const uint8x16_t mask = vdupq_n_u8(15), a = vld1q_u8(p), b = vld1q_u8(p + 16), c = vld1q_u8(p + 32), d = vld1q_u8(p + 48);
+    *low = (vq_w){vqtbl1q_s8(entries, vandq_u8(a, mask)), vqtbl1q_s8(entries, vandq_u8(b, mask)),
+                  vqtbl1q_s8(entries, vandq_u8(c, mask)), vqtbl1q_s8(entries, vandq_u8(d, mask))};
+    *high = (vq_w){vqtbl1q_s8(entries, vshrq_n_u8(a, 4)), vqtbl1q_s8(entries, vshrq_n_u8(b, 4)),
+                   vqtbl1q_s8(entries, vshrq_n_u8(c, 4)), vqtbl1q_s8(entries, vshrq_n_u8(d, 4))};
+}
 PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 {
     *acc = (vi){dot4(acc->a, a, w.a), dot4(acc->b, a, w.b), dot4(acc->c, a, w.c), dot4(acc->d, a, w.d)};
 }
+PE_INLINE void vq_sum(vi *acc, vq_w w) { vq_dot(acc, vdupq_n_s8(1), w); }
 
 #define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 128
@@ -145,11 +168,19 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 #define PE_F32_ROWS_1 5
 #define PE_F32_ROWS_2 2
 #define PE_F32_ROWS_4 1
-#define PE_MANY_PANELS 1
+#define PE_F32_MANY 1
+#define PE_BF16_ROWS_1 4
+#define PE_BF16_ROWS_2 1
+#define PE_BF16_ROWS_4 1
+#define PE_BF16_MANY 1
 #define PE_Q8_ROWS_1 4
 #define PE_Q8_ROWS_2 2
 #define PE_Q8_ROWS_4 1
-#define PE_Q8_MANY_PANELS 2
+#define PE_Q8_MANY 2
+#define PE_Q4_ROWS_1 3
+#define PE_Q4_ROWS_2 1
+#define PE_Q4_ROWS_4 1
+#define PE_Q4_MANY 1
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(neon, PE_CPU_NEON_DOT, 20)

@@ -134,6 +134,16 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     PE_FOR r.x[i] = p[i];
     return r;
 }
+PE_INLINE vf vf_load_bf16(const uint16_t *p)
+{
+    vi r;
+    PE_FOR r.x[i] = (int32_t)((uint32_t)p[i] << 16);
+    return vi_bits(r);
+}
+PE_INLINE void vi_store_u16(uint16_t *p, vi a)
+{
+    PE_FOR p[i] = (uint16_t)a.x[i];
+}
 PE_INLINE void vi_store_u8(uint8_t *p, vi a)
 {
     PE_FOR p[i] = (uint8_t)(a.x[i] < 0 ? 0 : a.x[i] > 255 ? 255 : a.x[i]);
@@ -173,17 +183,37 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
     PE_FOR
         acc->x[i] += a.x[0] * w.x[i][0] + a.x[1] * w.x[i][1] + a.x[2] * w.x[i][2] + a.x[3] * w.x[i][3];
 }
+PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high)
+{
+    PE_FOR
+        for (int j = 0; j < 4; j++) {
+            low->x[i][j] = table[p[4 * i + j] & 15];
+            high->x[i][j] = table[p[4 * i + j] >> 4];
+        }
+}
+PE_INLINE void vq_sum(vi *acc, vq_w w)
+{
+    PE_FOR acc->x[i] += w.x[i][0] + w.x[i][1] + w.x[i][2] + w.x[i][3];
+}
 
 #define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 0
 #define PE_F32_ROWS_1 1
 #define PE_F32_ROWS_2 1
 #define PE_F32_ROWS_4 1
-#define PE_MANY_PANELS 1
+#define PE_F32_MANY 1
+#define PE_BF16_ROWS_1 1
+#define PE_BF16_ROWS_2 1
+#define PE_BF16_ROWS_4 1
+#define PE_BF16_MANY 1
 #define PE_Q8_ROWS_1 1
 #define PE_Q8_ROWS_2 1
 #define PE_Q8_ROWS_4 1
-#define PE_Q8_MANY_PANELS 1
+#define PE_Q8_MANY 1
+#define PE_Q4_ROWS_1 1
+#define PE_Q4_ROWS_2 1
+#define PE_Q4_ROWS_4 1
+#define PE_Q4_MANY 1
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(portable, 0, 0)

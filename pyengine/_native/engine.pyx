@@ -14,7 +14,7 @@ from libc.string cimport memcpy, memset
 from .activation cimport activation_of
 from .attention cimport Attention, KVLayout, Segment, attend, attention_scratch, store_kv
 from .kernels cimport PE_LANES, PE_PAGE, pe_activation, pe_output
-from .matmul cimport PackedMatrix, QuantizedRows, linear, quantize_row, read_row
+from .matmul cimport FLOAT32, Input, NarrowRows, PackedMatrix, linear, narrow_row, read_row
 from .memory cimport Block
 from .parallel cimport MAX_THREADS, Worker, claim, pe_stop, pe_stopped, run, sync
 from .simd cimport kernels
@@ -50,7 +50,7 @@ cdef struct Op:
     Kind kind
     int src, out, residual  # buffers; -1 for none
     bint on_picked  # runs on the rows whose logits are wanted, not on all
-    bint quantize  # a Norm: its output is wanted in int8; a Linear: its input isn't in int8 yet
+    bint narrow  # a Norm: its output is wanted in int8 or bfloat16; a Linear: its input isn't yet
     void *weight  # a PackedMatrix
     const float *gain  # a norm's gain, or the table of positions
     const float *bias
@@ -91,7 +91,8 @@ cdef class Engine:
     cdef int n_op
     cdef bint picking
     cdef KVLayout layout
-    cdef QuantizedRows quantized
+    cdef NarrowRows narrow
+    cdef Input input  # what the products take their rows in: one for all
     cdef int64_t max_width  # of an input of a product
     cdef Block scratch
     cdef int64_t capacity, picked_capacity  # rows that the buffers have room for
@@ -173,13 +174,16 @@ cdef class Engine:
         op.weight, op.bias, op.residual = <void *>weight, self._floats(bias, weight.n_out), residual
         op.activation = activation_of(activation)
         self.keep.append(weight)
-        if weight.quantized:
+        if self.max_width and weight.input != self.input:
+            raise ArgumentError(f"linear: expected weights that take the same kind of rows, got {weight.dtype} among others")
+        self.input = weight.input
+        if weight.input != FLOAT32:
             self.max_width = max(self.max_width, weight.n_in)
-            # A norm just before leaves its rows in int8, while they are hot.
+            # A norm just before narrows its rows while they are hot.
             if self.n_op > 1 and (op - 1).kind == NORM and (op - 1).out == src:
-                (op - 1).quantize = True
+                (op - 1).narrow = True
             else:
-                op.quantize = True
+                op.narrow = True
 
     def add_attend(self, int src, int out, int64_t layer, int64_t n_head, float scale):
         """Appends src's keys and values to the cache of `layer`; out = attention of its queries."""
@@ -209,7 +213,7 @@ cdef class Engine:
                 self.blocks[i] = block
                 buffer.data = <float *>block.data
         if self.max_width:
-            self.quantized = QuantizedRows(max(n_row, n_picked), self.max_width)
+            self.narrow = NarrowRows(max(n_row, n_picked), self.max_width, self.input)
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
     def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
@@ -320,8 +324,8 @@ cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, W
     cdef int64_t row = claim(worker, n_row)
     while row >= 0:
         kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, out.data + row * out.stride)
-        if op.quantize:
-            quantize_row(out.data + row * out.stride, out.width, &engine.quantized.rows, row)
+        if op.narrow:
+            narrow_row(out.data + row * out.stride, out.width, engine.narrow, row)
         row = claim(worker, n_row)
     sync(worker, n_row)
 
@@ -329,17 +333,17 @@ cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, W
 cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
     cdef int64_t row
     cdef pe_output to
-    if op.quantize:
+    if op.narrow:
         row = claim(worker, n_row)
         while row >= 0:
-            quantize_row(src.data + row * src.stride, src.width, &engine.quantized.rows, row)
+            narrow_row(src.data + row * src.stride, src.width, engine.narrow, row)
             row = claim(worker, n_row)
         sync(worker, n_row)
     memset(&to, 0, sizeof(to))
     to.bias, to.out, to.out_stride = op.bias, out.data, out.stride
     if op.residual >= 0:
         to.residual, to.residual_stride = engine.buffers[op.residual].data, engine.buffers[op.residual].stride
-    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, &engine.quantized.rows, n_row, &to, op.activation)
+    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, engine.narrow, n_row, &to, op.activation)
 
 
 cdef void pick_rows(Buffer *src, Buffer *out, Step *step, Worker *worker) noexcept nogil:

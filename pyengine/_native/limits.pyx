@@ -15,6 +15,7 @@ cdef enum Kind:
     FILL
     READ
     SPIN_F32
+    SPIN_BF16
     SPIN_Q8
 
 cdef struct LimitTask:
@@ -33,6 +34,8 @@ cdef void limit_body(void *context, Worker *worker) noexcept nogil:
         task.sink = kernels().read(task.data + worker.index * share, share)
     elif task.kind == SPIN_F32:
         task.sink = kernels().spin_f32(task.n)
+    elif task.kind == SPIN_BF16:
+        task.sink = kernels().spin_bf16(task.n)
     else:
         task.sink = <float>kernels().spin_q8(task.n)
 
@@ -62,6 +65,13 @@ def peak_float32(int threads, int rounds=5):
     cdef LimitTask task
     task.kind, task.n = SPIN_F32, 1 << 19
     return 2.0 * threads * task.n * PE_SPIN * PE_LANES / _fastest(&task, threads, rounds)
+
+
+def peak_bfloat16(int threads, int rounds=5):
+    """bfloat16 operations a second of `threads` threads; a multiplication and an addition are two."""
+    cdef LimitTask task
+    task.kind, task.n = SPIN_BF16, 1 << 19
+    return 2.0 * threads * task.n * PE_SPIN * PE_LANES * 2 / _fastest(&task, threads, rounds)
 
 
 def peak_int8(int threads, int rounds=5):

@@ -1,25 +1,41 @@
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int64_t, uint16_t
 
-from .kernels cimport pe_activation, pe_output, pe_rows_q8, pe_weights_f32, pe_weights_q8
+from .kernels cimport pe_activation, pe_output, pe_rows_q8, pe_weights_bf16, pe_weights_f32, pe_weights_q4, pe_weights_q8
 from .memory cimport Block
 from .parallel cimport Worker
+
+cdef enum Format:  # of packed weights
+    F32
+    BF16
+    Q8
+    Q4
+
+cdef enum Input:  # what a product takes its rows in
+    FLOAT32
+    BFLOAT16
+    INT8
 
 cdef class PackedMatrix:
     cdef readonly str dtype
     cdef readonly int64_t n_out, n_in
-    cdef bint quantized
+    cdef Format format
+    cdef Input input
     cdef pe_weights_f32 f32
+    cdef pe_weights_bf16 bf16
     cdef pe_weights_q8 q8
+    cdef pe_weights_q4 q4
     cdef Block panels, column_sum, scale
     cdef float[::1] unscale  # what undoes the in_scale that it was packed with
 
-# int8 copies of activation rows: room for as many rows as a step has.
-cdef class QuantizedRows:
-    cdef pe_rows_q8 rows
-    cdef Block q, scale, zero
+# Copies of activation rows in bfloat16 or int8: room for as many rows as a step has.
+cdef class NarrowRows:
+    cdef Input input
+    cdef pe_rows_q8 q8
+    cdef const uint16_t *bf16  # q8.stride apart
+    cdef Block values, scale, zero
 
 # Row n as float32: a token's embedding.
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil
-cdef void quantize_row(const float *x, int64_t n, pe_rows_q8 *rows, int64_t row) noexcept nogil
-cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, const pe_rows_q8 *q, int64_t n_row,
+cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil
+cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t n_row,
                  const pe_output *out, pe_activation activation) noexcept nogil

@@ -3,11 +3,12 @@
 
 import numpy as np
 
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t
-from libc.string cimport memset
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memset
 
 from .kernels cimport (
-    PE_ACT_NONE, PE_BF16, PE_F16, PE_F32, PE_GROUP, PE_LANES, pe_activation, pe_dtype, pe_kernels, pe_output, pe_rows_q8,
+    PE_ACT_NONE, PE_BF16, PE_F16, PE_F32, PE_GROUP, PE_LANES, PE_Q4_GROUP, pe_activation, pe_dtype, pe_kernels, pe_output,
+    pe_rows_q8,
 )
 from .memory cimport Block
 from .parallel cimport Worker, claim, run, sync
@@ -15,7 +16,7 @@ from .simd cimport kernels
 
 from ..errors import ArgumentError
 
-DTYPES = ("float32", "int8")
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 TENSOR_DTYPES = {"F32": (PE_F32, 4), "F16": (PE_F16, 2), "BF16": (PE_BF16, 2)}
 
 # A unit of work: so many columns of all rows, or of a block of rows where there are many. With few rows a product is cut into
@@ -26,6 +27,11 @@ cdef enum:
     BLOCK_PANELS = 8
     UNITS_PER_THREAD = 8
     TILE_PANELS = 4
+
+
+cdef extern from *:
+    """static const int8_t pe_codebook[16] = PE_Q4_CODEBOOK;"""
+    const int8_t *CODEBOOK "pe_codebook"
 
 
 cdef struct PackTask:
@@ -40,27 +46,35 @@ cdef struct PackTask:
 
 
 cdef class PackedMatrix:
-    """A weight [n_out, n_in] in panels of 16 output columns, as csrc/kernels.h lays them out; `dtype` is float32 or int8."""
+    """A weight [n_out, n_in] in panels of 16 output columns, as csrc/kernels.h lays them out; `dtype` is one of DTYPES."""
 
     def __cinit__(self, int64_t n_out, int64_t n_in, str dtype):
         if dtype not in DTYPES:
             raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.n_out, self.n_in, self.dtype = n_out, n_in, dtype
-        self.quantized = dtype == "int8"
-        cdef int64_t n_panel = self.n_panel, n_group = (n_in + PE_GROUP - 1) // PE_GROUP
+        cdef int64_t columns = self.n_panel * PE_LANES
         what = f"weight [{n_out}, {n_in}] in {dtype}"
-        if self.quantized:
-            self.panels = Block(n_panel * PE_LANES * ((n_in + 3) // 4) * 4, what)
-            self.column_sum = Block(n_panel * PE_LANES * n_group * sizeof(int16_t), what)
-            self.scale = Block(n_panel * PE_LANES * sizeof(float), what)
-            self.q8.panels = <const int8_t *>self.panels.data
-            self.q8.column_sum = <const int16_t *>self.column_sum.data
-            self.q8.scale = <const float *>self.scale.data
-            self.q8.k = n_in
+        if dtype == "float32":
+            self.format, self.input = F32, FLOAT32
+            self.panels = Block(columns * n_in * sizeof(float), what)
+            self.f32.panels, self.f32.k = <const float *>self.panels.data, n_in
+        elif dtype == "bfloat16":
+            self.format, self.input = BF16, BFLOAT16
+            self.panels = Block(columns * whole(n_in, 2) * sizeof(uint16_t), what)
+            self.bf16.panels, self.bf16.k = <const uint16_t *>self.panels.data, n_in
+        elif dtype == "int8":
+            self.format, self.input = Q8, INT8
+            self.panels = Block(columns * whole(n_in, 4), what)
+            self.column_sum = Block(columns * (whole(n_in, PE_GROUP) // PE_GROUP) * sizeof(int16_t), what)
+            self.scale = Block(columns * sizeof(float), what)
+            self.q8.panels, self.q8.k = <const int8_t *>self.panels.data, n_in
+            self.q8.column_sum, self.q8.scale = <const int16_t *>self.column_sum.data, <const float *>self.scale.data
         else:
-            self.panels = Block(n_panel * PE_LANES * n_in * sizeof(float), what)
-            self.f32.panels = <const float *>self.panels.data
-            self.f32.k = n_in
+            self.format, self.input = Q4, INT8
+            self.panels = Block(columns * whole(n_in, PE_Q4_GROUP) // 2, what)
+            self.scale = Block(columns * (whole(n_in, PE_Q4_GROUP) // PE_Q4_GROUP) * sizeof(uint16_t), what)
+            self.q4.panels, self.q4.k = <const uint8_t *>self.panels.data, n_in
+            self.q4.scale = <const uint16_t *>self.scale.data
 
     @property
     def n_panel(self):
@@ -70,8 +84,7 @@ cdef class PackedMatrix:
     @property
     def nbytes(self):
         """The memory of the packed weight."""
-        extra = self.column_sum.nbytes + self.scale.nbytes if self.quantized else 0
-        return self.panels.nbytes + extra
+        return sum(block.nbytes for block in (self.panels, self.column_sum, self.scale) if block is not None)
 
     def pack(self, const uint8_t[::1] src, str tensor_dtype, str layout, int64_t first=0, in_scale=None, out_scale=None,
              int threads=1):
@@ -122,18 +135,17 @@ cdef void pack_panels(void *context, Worker *worker) noexcept nogil:
 
 cdef void pack_panels_of(PackedMatrix matrix, PackTask *task, Worker *worker) noexcept nogil:
     cdef const pe_kernels *simd = kernels()
-    cdef int64_t k = matrix.n_in, n_quad = (k + 3) // 4, n_group = (k + PE_GROUP - 1) // PE_GROUP
-    cdef int64_t n_panel = (task.n_column + PE_LANES - 1) // PE_LANES
+    cdef int64_t k = matrix.n_in, n_panel = (task.n_column + PE_LANES - 1) // PE_LANES
     cdef int64_t unit = claim(worker, n_panel), column, panel, n, i, j
     cdef float *values
     while unit >= 0:
         column = unit * PE_LANES
         panel = task.first // PE_LANES + unit
         n = min(<int64_t>PE_LANES, task.n_column - column)
-        if matrix.quantized:
-            values = task.scratch + worker.index * k * PE_LANES
-        else:
+        if matrix.format == F32:
             values = <float *>matrix.f32.panels + panel * k * PE_LANES
+        else:
+            values = task.scratch + worker.index * k * PE_LANES
         if not simd.load_panel(task.src + column * task.n_stride * task.itemsize, task.dtype, k, task.k_stride, n,
                                task.n_stride, values):
             task.bad_panel = panel  # any of several will do
@@ -145,55 +157,121 @@ cdef void pack_panels_of(PackedMatrix matrix, PackTask *task, Worker *worker) no
             for i in range(k):
                 for j in range(n):
                     values[i * PE_LANES + j] = values[i * PE_LANES + j] * task.out_scale[panel * PE_LANES + j]
-        if matrix.quantized:
-            simd.pack_q8(values, k, <int8_t *>matrix.q8.panels + panel * n_quad * 4 * PE_LANES,
-                         <float *>matrix.q8.scale + panel * PE_LANES,
-                         <int16_t *>matrix.q8.column_sum + panel * n_group * PE_LANES)
+        pack_panel(matrix, simd, values, panel)
         unit = claim(worker, n_panel)
 
 
+cdef void pack_panel(PackedMatrix matrix, const pe_kernels *simd, const float *values, int64_t panel) noexcept nogil:
+    """One float32 panel [n_in][16] into the matrix's format; in float32 it is there already."""
+    cdef int64_t k = matrix.n_in, columns = panel * PE_LANES
+    if matrix.format == BF16:
+        simd.pack_bf16(values, k, <uint16_t *>matrix.bf16.panels + columns * whole(k, 2))
+    elif matrix.format == Q8:
+        simd.pack_q8(values, k, <int8_t *>matrix.q8.panels + columns * whole(k, 4), <float *>matrix.q8.scale + columns,
+                     <int16_t *>matrix.q8.column_sum + columns * (whole(k, PE_GROUP) // PE_GROUP))
+    elif matrix.format == Q4:
+        simd.pack_q4(values, k, <uint8_t *>matrix.q4.panels + columns * whole(k, PE_Q4_GROUP) // 2,
+                     <uint16_t *>matrix.q4.scale + columns * (whole(k, PE_Q4_GROUP) // PE_Q4_GROUP))
+
+
+cdef inline int64_t whole(int64_t n, int64_t size) noexcept nogil:
+    """n rounded up to a multiple of size."""
+    return (n + size - 1) // size * size
+
+
+cdef inline float from_bf16(uint16_t value) noexcept nogil:
+    cdef uint32_t bits = <uint32_t>value << 16
+    cdef float result
+    memcpy(&result, &bits, sizeof(result))
+    return result
+
+
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil:
-    cdef int64_t k = matrix.n_in, i, n_quad = (k + 3) // 4, panel = n // PE_LANES, lane = n % PE_LANES
+    cdef int64_t k = matrix.n_in, i, panel = n // PE_LANES, lane = n % PE_LANES
     cdef const float *values
+    cdef const uint16_t *pairs
     cdef const int8_t *quads
     cdef float scale
-    if matrix.quantized:
-        quads = matrix.q8.panels + panel * n_quad * 4 * PE_LANES + 4 * lane
-        scale = matrix.q8.scale[n]
-        for i in range(k):
-            out[i] = scale * quads[(i // 4) * 4 * PE_LANES + i % 4]
-    else:
+    if matrix.format == F32:
         values = matrix.f32.panels + panel * k * PE_LANES + lane
         for i in range(k):
             out[i] = values[i * PE_LANES]
+    elif matrix.format == BF16:
+        pairs = matrix.bf16.panels + panel * PE_LANES * whole(k, 2) + 2 * lane
+        for i in range(k):
+            out[i] = from_bf16(pairs[i // 2 * 2 * PE_LANES + i % 2])
+    elif matrix.format == Q8:
+        quads = matrix.q8.panels + panel * PE_LANES * whole(k, 4) + 4 * lane
+        scale = matrix.q8.scale[n]
+        for i in range(k):
+            out[i] = scale * quads[i // 4 * 4 * PE_LANES + i % 4]
+    else:
+        read_row_q4(&matrix.q4, panel, lane, out)
     if matrix.unscale is not None:
         for i in range(k):
             out[i] = out[i] * matrix.unscale[i]
 
 
-cdef class QuantizedRows:
-    """Room for the int8 copies of `n_row` rows of up to `width` values."""
-
-    def __cinit__(self, int64_t n_row, int64_t width):
-        cdef int64_t n_group = (width + PE_GROUP - 1) // PE_GROUP
-        self.q = Block(n_row * n_group * PE_GROUP, "int8 activations")
-        self.scale = Block(n_row * n_group * sizeof(float), "int8 activations")
-        self.zero = Block(n_row * n_group * sizeof(int32_t), "int8 activations")
-        memset(self.q.data, 0, self.q.nbytes)
-        self.rows.q = <const uint8_t *>self.q.data
-        self.rows.scale = <const float *>self.scale.data
-        self.rows.zero = <const int32_t *>self.zero.data
-        self.rows.stride = n_group * PE_GROUP
+cdef void read_row_q4(const pe_weights_q4 *w, int64_t panel, int64_t lane, float *out) noexcept nogil:
+    cdef int64_t n_group = whole(w.k, PE_Q4_GROUP) // PE_Q4_GROUP, i
+    cdef const uint8_t *octets = w.panels + panel * PE_LANES * n_group * PE_Q4_GROUP // 2 + 4 * lane
+    cdef const uint16_t *scale = w.scale + panel * PE_LANES * n_group + lane
+    cdef int code
+    for i in range(w.k):
+        code = octets[i // 8 * 4 * PE_LANES + i % 4] >> (i // 4 % 2 * 4) & 15
+        out[i] = from_bf16(scale[i // PE_Q4_GROUP * PE_LANES]) * CODEBOOK[code]
 
 
-cdef void quantize_row(const float *x, int64_t n, pe_rows_q8 *rows, int64_t row) noexcept nogil:
-    cdef int64_t group = row * (rows.stride // PE_GROUP)
-    kernels().quantize_q8(x, n, <uint8_t *>rows.q + row * rows.stride, <float *>rows.scale + group, <int32_t *>rows.zero + group)
+cdef class NarrowRows:
+    """Room for copies of `n_row` rows of up to `width` values, in int8 or bfloat16; none for float32."""
+
+    def __cinit__(self, int64_t n_row, int64_t width, Input input):
+        self.input = input
+        if input == FLOAT32:
+            return
+        self.q8.stride = whole(width, PE_GROUP)
+        cdef int64_t n_group = n_row * (self.q8.stride // PE_GROUP)
+        self.values = Block(n_row * self.q8.stride * (2 if input == BFLOAT16 else 1), "narrow activations")
+        memset(self.values.data, 0, self.values.nbytes)
+        self.bf16, self.q8.q = <const uint16_t *>self.values.data, <const uint8_t *>self.values.data
+        if input == INT8:
+            self.scale = Block(n_group * sizeof(float), "narrow activations")
+            self.zero = Block(n_group * sizeof(int32_t), "narrow activations")
+            self.q8.scale, self.q8.zero = <const float *>self.scale.data, <const int32_t *>self.zero.data
 
 
-cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, const pe_rows_q8 *q, int64_t n_row,
+cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil:
+    cdef int64_t stride = rows.q8.stride, group = row * (stride // PE_GROUP)
+    if rows.input == BFLOAT16:
+        kernels().narrow_bf16(x, n, <uint16_t *>rows.bf16 + row * stride)
+    else:
+        kernels().quantize_q8(x, n, <uint8_t *>rows.q8.q + row * stride, <float *>rows.q8.scale + group,
+                              <int32_t *>rows.q8.zero + group)
+
+
+cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t row, int64_t n_row,
+                        int64_t panel, int64_t n_panel, const pe_output *out) noexcept nogil:
+    """Some panels of some rows, from `row` on; `out` starts there."""
+    cdef const pe_kernels *simd = kernels()
+    cdef pe_rows_q8 q8
+    if weight.input == INT8:
+        q8.stride = narrow.q8.stride
+        q8.q = narrow.q8.q + row * q8.stride
+        q8.scale = narrow.q8.scale + row * (q8.stride // PE_GROUP)
+        q8.zero = narrow.q8.zero + row * (q8.stride // PE_GROUP)
+    if weight.format == F32:
+        simd.matmul_f32(x + row * x_stride, x_stride, n_row, &weight.f32, panel, n_panel, out)
+    elif weight.format == BF16:
+        simd.matmul_bf16(narrow.bf16 + row * narrow.q8.stride, narrow.q8.stride, n_row, &weight.bf16, panel, n_panel, out)
+    elif weight.format == Q8:
+        simd.matmul_q8(&q8, n_row, &weight.q8, panel, n_panel, out)
+    else:
+        simd.matmul_q4(&q8, n_row, &weight.q4, panel, n_panel, out)
+
+
+cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t n_row,
                  const pe_output *out, pe_activation activation) noexcept nogil:
-    """One phase: out = activation(x W^T + bias) + residual. `q` is x in int8, for int8 weights."""
+    """One phase: out = activation(x W^T + bias) + residual. `narrow` is x as weight.input wants it."""
     cdef const pe_kernels *simd = kernels()
     cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
     cdef int64_t block_rows = n_row if n_row <= FEW_ROWS else BLOCK_ROWS
@@ -202,7 +280,6 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
     cdef int64_t row_blocks = (n_row + block_rows - 1) // block_rows
     cdef int64_t n_unit = row_blocks * ((n_panel + block_panels - 1) // block_panels)
     cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
-    cdef pe_rows_q8 from_q
     cdef pe_output to = out[0]
     while unit >= 0:
         panel = unit // row_blocks * block_panels
@@ -212,14 +289,7 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
         to.out = out.out + row * out.out_stride
         if out.residual != NULL:
             to.residual = out.residual + row * out.residual_stride
-        if weight.quantized:
-            from_q.stride = q.stride
-            from_q.q = q.q + row * q.stride
-            from_q.scale = q.scale + row * (q.stride // PE_GROUP)
-            from_q.zero = q.zero + row * (q.stride // PE_GROUP)
-            simd.matmul_q8(&from_q, rows, &weight.q8, panel, panels, &to)
-        else:
-            simd.matmul_f32(x + row * x_stride, x_stride, rows, &weight.f32, panel, panels, &to)
+        block_product(weight, x, x_stride, narrow, row, rows, panel, panels, &to)
         if activation != PE_ACT_NONE:
             for r in range(rows):
                 simd.activate(activation, to.out + r * out.out_stride + panel * PE_LANES, panels * PE_LANES)
@@ -229,26 +299,26 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
 
 cdef struct MatmulTask:
     void *weight
+    void *narrow
     const float *x
     int64_t n_row
-    pe_rows_q8 *q
     pe_output out
 
 
 cdef void matmul_body(void *context, Worker *worker) noexcept nogil:
     cdef MatmulTask *task = <MatmulTask *>context
-    matmul_share(<PackedMatrix>task.weight, task, worker)
+    matmul_share(<PackedMatrix>task.weight, <NarrowRows>task.narrow, task, worker)
 
 
-cdef void matmul_share(PackedMatrix weight, MatmulTask *task, Worker *worker) noexcept nogil:
+cdef void matmul_share(PackedMatrix weight, NarrowRows narrow, MatmulTask *task, Worker *worker) noexcept nogil:
     cdef int64_t row
-    if weight.quantized:
+    if weight.input != FLOAT32:
         row = claim(worker, task.n_row)
         while row >= 0:
-            quantize_row(task.x + row * weight.n_in, weight.n_in, task.q, row)
+            narrow_row(task.x + row * weight.n_in, weight.n_in, narrow, row)
             row = claim(worker, task.n_row)
         sync(worker, task.n_row)
-    linear(worker, weight, task.x, weight.n_in, task.q, task.n_row, &task.out, PE_ACT_NONE)
+    linear(worker, weight, task.x, weight.n_in, narrow, task.n_row, &task.out, PE_ACT_NONE)
 
 
 def matmul(const float[:, ::1] x, PackedMatrix weight, int threads=1):
@@ -259,10 +329,10 @@ def matmul(const float[:, ::1] x, PackedMatrix weight, int threads=1):
     if x.shape[0] == 0:
         return out[:, : weight.n_out]
     cdef float[:, ::1] view = out
-    cdef QuantizedRows q = QuantizedRows(x.shape[0] if weight.quantized else 0, weight.n_in)
+    cdef NarrowRows narrow = NarrowRows(x.shape[0], weight.n_in, weight.input)
     cdef MatmulTask task
     memset(&task, 0, sizeof(task))
-    task.weight, task.x, task.n_row, task.q = <void *>weight, &x[0, 0], x.shape[0], &q.rows
+    task.weight, task.narrow, task.x, task.n_row = <void *>weight, <void *>narrow, &x[0, 0], x.shape[0]
     task.out.out, task.out.out_stride = &view[0, 0], view.shape[1]
     run(threads, 2, matmul_body, &task)
     return out[:, : weight.n_out]

@@ -7,7 +7,7 @@ The only module that links csrc.
 import os
 
 from .kernels cimport (
-    PE_CPU_AVX2_FMA, PE_CPU_AVX512, PE_CPU_AVX512_VNNI, PE_CPU_NEON_DOT, pe_cpu_features, pe_kernels, pe_level,
+    PE_CPU_AVX2_FMA, PE_CPU_AVX512, PE_CPU_AVX512_BF16, PE_CPU_AVX512_VNNI, PE_CPU_NEON_DOT, pe_cpu_features, pe_kernels, pe_level,
 )
 
 from ..errors import ArgumentError
@@ -16,6 +16,7 @@ FEATURES = {
     "avx2+fma": PE_CPU_AVX2_FMA,
     "avx512f/bw/vl/dq": PE_CPU_AVX512,
     "avx512_vnni": PE_CPU_AVX512_VNNI,
+    "avx512_bf16": PE_CPU_AVX512_BF16,
     "neon dotprod": PE_CPU_NEON_DOT,
 }
 
@@ -47,6 +48,11 @@ def levels():
     can = pe_cpu_features()
     runs = [(priority, name) for name, (priority, _, requires) in _compiled().items() if requires & ~can == 0]
     return [name for _, name in sorted(runs, reverse=True)]
+
+
+def multiplies_bfloat16():
+    """Whether the level in use has an instruction that multiplies bfloat16."""
+    return _level.requires & PE_CPU_AVX512_BF16 != 0
 
 
 def active():

@@ -17,6 +17,8 @@ static _Alignas(64) float x[N], w[N], y[N], extra[N];
 static _Alignas(64) int8_t packed[N];
 static uint8_t bytes[N];
 static int16_t sums[N];
+static uint16_t halves[N], half_weights[N], half_scales[N];
+static uint8_t nibbles[N];
 static int32_t zeros[N];
 static uint32_t source[N], random_state;
 static float scales[N], column_scales[N];
@@ -69,6 +71,28 @@ static pe_output output(int turn, int64_t stride)
     return (pe_output){turn & 1 ? extra : 0, turn & 2 ? extra + 999 : 0, stride + 1, y, stride};
 }
 
+/* bfloat16 and int4, of the values in x and w. */
+static void matmuls_narrow(int n_row, int n_panel, int k, const pe_rows_q8 *rows, const pe_output *to)
+{
+    const int64_t pairs = (k + 1) / 2 * 2 * PE_LANES, n_group = (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP;
+    const pe_weights_bf16 weights = {half_weights, k};
+    const pe_weights_q4 weights_q4 = {nibbles, half_scales, k};
+    const int64_t stride = rows->stride + 16;
+    for (int p = 0; p <= n_panel; p++) {
+        level->pack_bf16(w + (int64_t)p * k * PE_LANES, k, half_weights + p * pairs);
+        level->pack_q4(w + (int64_t)p * k * PE_LANES, k, nibbles + p * n_group * PE_Q4_GROUP / 2 * PE_LANES,
+                       half_scales + p * n_group * PE_LANES);
+    }
+    for (int r = 0; r < n_row; r++)
+        level->narrow_bf16(x + r * k, k, halves + 1 + r * stride);
+    level->matmul_bf16(halves + 1, stride, n_row, &weights, 1, n_panel, to);
+    hash_floats(y, n_row * to->out_stride);
+    line("matmul_bf16", n_row, n_panel, k);
+    level->matmul_q4(rows, n_row, &weights_q4, 1, n_panel, to);
+    hash_floats(y, n_row * to->out_stride);
+    line("matmul_q4", n_row, n_panel, k);
+}
+
 static void matmuls(void)
 {
     static const int DEPTHS[] = {1, 3, 4, 127, 128, 130, 300};
@@ -97,6 +121,7 @@ static void matmuls(void)
         level->matmul_q8(&rows, n_row, &weights_q8, 1, n_panel, &to);
         hash_floats(y, n_out);
         line("matmul_q8", n_row, n_panel, k);
+        matmuls_narrow(n_row, n_panel, k, &rows, &to);
     }
 }
 
@@ -134,6 +159,9 @@ static void rows(void)
         hash_floats(scales, (n + PE_GROUP - 1) / PE_GROUP);
         hash_bytes(zeros, (n + PE_GROUP - 1) / PE_GROUP * 4);
         line("quantize_q8", n, kind, 0);
+        level->narrow_bf16(x, n, halves);
+        hash_bytes(halves, (n + PE_LANES - 1) / PE_LANES * PE_LANES * 2);
+        line("narrow_bf16", n, kind, 0);
         level->layer_norm(x, n, w, w + 1, 1e-5f, y);
         hash_floats(y, n);
         line("layer_norm", n, kind, 0);
@@ -181,6 +209,13 @@ static void packing(void)
         hash_floats(scales, PE_LANES);
         hash_bytes(sums, (k + PE_GROUP - 1) / PE_GROUP * PE_LANES * 2);
         line("pack_q8", k, dtype, part);
+        level->pack_bf16(w, k, half_weights);
+        hash_bytes(half_weights, (k + 1) / 2 * 2 * PE_LANES * 2);
+        line("pack_bf16", k, dtype, part);
+        level->pack_q4(w, k, nibbles, half_scales);
+        hash_bytes(nibbles, (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP / 2 * PE_LANES);
+        hash_bytes(half_scales, (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_LANES * 2);
+        line("pack_q4", k, dtype, part);
     }
 }
 

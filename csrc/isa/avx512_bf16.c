@@ -1,0 +1,35 @@
+/* AVX-512 with VNNI and BF16: Cooper Lake, Sapphire Rapids, Zen 4 and later. */
+#include "../level.h"
+
+#if PE_X86
+PE_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma")
+#include "avx512.inc.h"
+#include "avx512_vnni.inc.h"
+
+#define PE_BF16_DOT
+typedef vi vb;
+
+PE_INLINE vb vb_weights(const uint16_t *p) { return _mm512_loadu_si512(p); }
+PE_INLINE vb vb_activations(const uint16_t *p) { return _mm512_set1_epi32(pe_load_i32(p)); }
+
+/* As assembly for the same reason as vq_dot. */
+PE_INLINE void vb_dot(vf *acc, vb a, vb w)
+{
+#if PE_MSVC
+    *acc = _mm512_dpbf16_ps(*acc, (__m512bh)a, (__m512bh)w);
+#else
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(*acc) : "v"(a), "v"(w));
+#endif
+}
+
+#define PE_BF16_ROWS_1 12
+#define PE_BF16_ROWS_2 12
+#define PE_BF16_ROWS_4 6
+#define PE_BF16_MANY 2
+#include "../kernels.inc.h"
+
+PE_DEFINE_LEVEL(avx512_bf16, PE_CPU_AVX512 | PE_CPU_AVX512_VNNI | PE_CPU_AVX512_BF16 | PE_CPU_AVX2_FMA, 50)
+PE_TARGET_END
+#else
+PE_NO_LEVEL(avx512_bf16)
+#endif

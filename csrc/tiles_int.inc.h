@@ -1,0 +1,171 @@
+/* Tiles of int8 and int4 weights, with int8 activations. Included by tiles.inc.h. */
+
+PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
+{
+    const int64_t group = row * (x->stride / PE_GROUP);
+    return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->zero + group, x->stride};
+}
+
+PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
+                       const pe_output *out)
+{
+    const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
+    const int64_t x_groups = x->stride / PE_GROUP;
+    float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
+    prefetch_tile(rows, panels, out);
+    for (int i = 0; i < rows * panels; i++)
+        vf_store(sums + i * PE_LANES, vf_set(0.0f));
+    for (int64_t g = 0; g < n_group; g++) {
+        vi acc[12][4];
+        PE_UNROLL
+        for (int p = 0; p < panels; p++) {
+            vi column_sum = vi_load_s16(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++)
+                acc[r][p] = vi_mul(vi_set(PE_Q8_ORIGIN - x->zero[r * x_groups + g]), column_sum);
+        }
+        const int64_t first = g * (PE_GROUP / 4);
+        const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
+        const int8_t *quads = w->panels + panel * n_quad * 4 * PE_LANES;
+        for (int64_t i = first; i < last; i++) {
+            vq_w column[4];
+            PE_UNROLL
+            for (int p = 0; p < panels; p++)
+                column[p] = vq_weights(quads + (p * n_quad + i) * 4 * PE_LANES);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++) {
+                vq_a value = vq_activations(x->q + r * x->stride + 4 * i);
+                PE_UNROLL
+                for (int p = 0; p < panels; p++)
+                    vq_dot(&acc[r][p], value, column[p]);
+            }
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            vf scale = vf_set(x->scale[r * x_groups + g]);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                float *sum = sums + (r * panels + p) * PE_LANES;
+                vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
+            }
+        }
+    }
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        vf scale = vf_load(w->scale + (panel + p) * PE_LANES);
+        vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            store_tile(out, r, p, vf_mad(scale, vf_load(sums + (r * panels + p) * PE_LANES), bias));
+    }
+}
+
+PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
+
+static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
+                      const pe_output *out)
+{
+    panels_q8(x, n_row, w, panel, n_panel, out);
+}
+
+#define q4_from q8_from
+static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
+
+/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum. */
+PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, const uint8_t *nibbles, int64_t panel_stride,
+                        vi acc[12][4], vi column_sum[4])
+{
+    enum { OCTETS = PE_Q4_GROUP / 8 };
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        column_sum[p] = vi_set(0);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            acc[r][p] = vi_set(0);
+    }
+    for (int i = 0; i < OCTETS; i++) {
+        vq_w low[4], high[4];
+        PE_UNROLL
+        for (int p = 0; p < panels; p++) {
+            vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
+            vq_sum(&column_sum[p], low[p]);
+            vq_sum(&column_sum[p], high[p]);
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            vq_a first = vq_activations(q + r * stride + 8 * i), second = vq_activations(q + r * stride + 8 * i + 4);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                vq_dot(&acc[r][p], first, low[p]);
+                vq_dot(&acc[r][p], second, high[p]);
+            }
+        }
+    }
+    if (PE_Q8_ORIGIN)
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            PE_UNROLL
+            for (int r = 0; r < rows; r++)
+                acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q8_ORIGIN), column_sum[p]));
+}
+
+PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
+                       const pe_output *out)
+{
+    enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP / 2 * PE_LANES };
+    const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
+    float sums[12 * 4 * PE_LANES];
+    prefetch_tile(rows, panels, out);
+    for (int i = 0; i < rows * panels; i++)
+        vf_store(sums + i * PE_LANES, vf_set(0.0f));
+    for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
+        const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
+        float part[12 * 4 * PE_LANES];
+        vf offset[4];
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            offset[p] = vf_set(0.0f);
+        for (int i = 0; i < rows * panels; i++)
+            vf_store(part + i * PE_LANES, vf_set(0.0f));
+        for (int64_t i = first; i < last; i++) {
+            vi acc[12][4], column_sum[4];
+            group_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, w->panels + (panel * n_group + i) * BYTES,
+                     n_group * BYTES, acc, column_sum);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                const vf scale = vf_load_bf16(w->scale + ((panel + p) * n_group + i) * PE_LANES);
+                offset[p] = vf_mad(scale, vi_to_float(column_sum[p]), offset[p]);
+                PE_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    float *sum = part + (r * panels + p) * PE_LANES;
+                    vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
+                }
+            }
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vf scale = vf_set(x->scale[r * x_groups + g]), zero = vf_set((float)-x->zero[r * x_groups + g]);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                float *sum = sums + (r * panels + p) * PE_LANES;
+                const vf centred = vf_mad(zero, offset[p], vf_load(part + (r * panels + p) * PE_LANES));
+                vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
+            }
+        }
+    }
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
+    }
+}
+
+PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
+
+static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
+                      const pe_output *out)
+{
+    panels_q4(x, n_row, w, panel, n_panel, out);
+}
