@@ -155,10 +155,46 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
     *acc = vi_add(*acc, (vi){l, h});
 }
 
+/* Half a panel at a time, so that many rows share what it costs to widen its weights; the activations are widened once for
+ * all panels: even[r][i] and odd[r][i] are values 0, 2 and 1, 3 of quad i. */
+#define PE_OWN_GROUP_Q8
+PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
+                        int64_t first, int64_t last, vi acc[12][4])
+{
+    int32_t even[12][PE_GROUP / 4], odd[12][PE_GROUP / 4];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < PE_GROUP / 4; i += 8) {
+            const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * (first + i)));
+            _mm256_storeu_si256((__m256i *)(even[r] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
+            _mm256_storeu_si256((__m256i *)(odd[r] + i), _mm256_srli_epi16(a, 8));
+        }
+    PE_UNROLL
+    for (int half = 0; half < 2 * panels; half++) {
+        const int8_t *from = quads + half / 2 * panel_stride + first * 4 * PE_LANES + half % 2 * 32;
+        __m256i sum[12];
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            sum[r] = _mm256_setzero_si256();
+        for (int64_t i = 0; i < last - first; i++) {
+            const __m256i w = _mm256_loadu_si256((const __m256i *)(from + i * 4 * PE_LANES));
+            const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const __m256i a = _mm256_madd_epi16(_mm256_set1_epi32(even[r][i]), w_even);
+                const __m256i b = _mm256_madd_epi16(_mm256_set1_epi32(odd[r][i]), w_odd);
+                sum[r] = _mm256_add_epi32(sum[r], _mm256_add_epi32(a, b));
+            }
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            *(half % 2 ? &acc[r][half / 2].h : &acc[r][half / 2].l) = sum[r];
+    }
+}
+
 #define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 0
 
-/* Rows of a tile, by how many panels wide it is: two registers an accumulator, 16 registers in all. */
+/* Rows of a tile, by how many panels wide it is: two registers an accumulator, 16 registers in all; one in group_q8. */
 #define PE_F32_ROWS_1 6
 #define PE_F32_ROWS_2 3
 #define PE_F32_ROWS_4 1
@@ -167,10 +203,10 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 #define PE_BF16_ROWS_2 1
 #define PE_BF16_ROWS_4 1
 #define PE_BF16_MANY 1
-#define PE_Q8_ROWS_1 4
-#define PE_Q8_ROWS_2 1
-#define PE_Q8_ROWS_4 1
-#define PE_Q8_MANY 1
+#define PE_Q8_ROWS_1 8
+#define PE_Q8_ROWS_2 8
+#define PE_Q8_ROWS_4 4
+#define PE_Q8_MANY 2
 #define PE_Q4_ROWS_1 3
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
