@@ -137,8 +137,8 @@ typedef struct pe_kernels {
      * with NaN or infinity is NaN. q is written in whole vectors. */
     void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero);
 
-    /* One row of n floats to bfloat16: to nearest, ties to even; 0 where |x| < 2^-50; NaN where x is NaN or infinite. Written
-     * in whole vectors, zeros past n. */
+    /* n floats to bfloat16: to the nearest, ties to even; 0 where |x| < 2^-50. Infinity and NaN stay what they are. Written in
+     * whole vectors, zeros past n. */
     void (*narrow_bf16)(const float *x, int64_t n, uint16_t *y);
 
     /* One row: y = (x - mean) / sqrt(variance + eps) * gain + bias; variance is that of the population, in two passes. */
@@ -188,6 +188,18 @@ typedef struct pe_kernels {
      * size at 1.05 or 0.95 times the lowest or the highest entry of the codebook; each time the scale that is best for the
      * nearest entries is found; the one of the four with the least squared error is refitted once more. */
     void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale);
+    /* n bfloat16 to float32, exactly. Read and written in whole vectors. */
+    void (*widen_bf16)(const uint16_t *x, int64_t n, float *y);
+
+    /* n floats to int8 with one scale, which it returns: max |x| / 127, at least 1e-30; q = round(x / scale). The scale is NaN
+     * where any of them is NaN or infinite. Written in whole vectors, zeros past n. */
+    float (*narrow_q8)(const float *x, int64_t n, int8_t *q);
+
+    /* Panels of 16 keys [n_panel][head_dim][16] to float32: y = q * scale, a scale for each key. */
+    void (*widen_keys_q8)(const int8_t *q, const float *scale, int64_t n_panel, int64_t head_dim, float *y);
+
+    /* The first n positions of panels of values [n_panel][PE_PAGE][16] to float32: y = q * scale, a scale for each position. */
+    void (*widen_values_q8)(const int8_t *q, const float *scale, int64_t n, int64_t n_panel, float *y);
 } pe_kernels;
 
 /* cpu.c: what this CPU and its operating system can do, as PE_CPU_* bits. */

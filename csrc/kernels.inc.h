@@ -11,8 +11,7 @@
  * vf_bits vi_bits     reinterpret; vi_shl vi_sra by a constant
  * vf_lt vf_select     (a < b) as a mask; mask ? a : b
  * vf_sum hmax hmin    across the lanes by the fixed tree (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1)
- * vi_load_s16         16 int16; vf_load_bf16 16 bfloat16, exact
- * vi_store_u8(p, a)   16 bytes, clamped to 0..255; vi_store_u16(p, a) the low halves of 16 lanes
+ * vi_load_s16 s8      16 int16, 16 int8; vi_store_s16 s8 u8 (p, a) 16 integers, clamped to what they can be
  * vq_w vq_weights     64 bytes of packed int8 weights, made ready; vq_a vq_activations 4 bytes of a row, in all lanes
  * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
@@ -27,4 +26,5 @@
 #include "rows.inc.h"
 #include "tiles.inc.h"
 #include "pack.inc.h"
+#include "kv.inc.h"
 #include "limits.inc.h"

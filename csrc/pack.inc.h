@@ -95,14 +95,14 @@ static void pack_q8(const float *panel, int64_t k, int8_t *q, float *scale, int1
             const vi low = vi_or(value[0], vi_shl(value[1], 8)), high = vi_or(vi_shl(value[2], 16), vi_shl(value[3], 24));
             vf_store((float *)(void *)q, vi_bits(vi_or(low, high)));
         }
-        vi_store_u16((uint16_t *)column_sum, sum);
+        vi_store_s16(column_sum, sum);
     }
 }
 
 static void pack_bf16(const float *panel, int64_t k, uint16_t *to)
 {
     for (int64_t i = 0; i < k; i += 2, to += 2 * PE_LANES) {
-        const vi even = to_bf16(vf_load(panel + i * PE_LANES));
+        const vi even = vi_and(to_bf16(vf_load(panel + i * PE_LANES)), vi_set(0xffff));
         const vi odd = i + 1 < k ? to_bf16(vf_load(panel + (i + 1) * PE_LANES)) : vi_set(0);
         vf_store((float *)(void *)to, vi_bits(vi_or(even, vi_shl(odd, 16))));
     }
@@ -164,7 +164,7 @@ static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale)
     for (int64_t start = 0; start < k; start += PE_Q4_GROUP, scale += PE_LANES) {
         const int64_t end = k - start < PE_Q4_GROUP ? k : start + PE_Q4_GROUP;
         const vf step = scale_q4(panel + start * PE_LANES, end - start), inverse = inverse_of(step);
-        vi_store_u16(scale, vi_and(vi_sra(vf_bits(step), 16), vi_set(0xffff)));
+        vi_store_s16((int16_t *)scale, vi_sra(vf_bits(step), 16));
         for (int64_t i = start; i < start + PE_Q4_GROUP; i += 8, q += 4 * PE_LANES) {
             vi bits = vi_set(0);
             PE_UNROLL

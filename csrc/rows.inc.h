@@ -42,21 +42,30 @@ static void quantize_q8(const float *x, int64_t n, uint8_t *q, float *scale, int
         quantize_group(x + i, n - i < PE_GROUP ? n - i : PE_GROUP, q + i, scale + g, zero + g);
 }
 
-/* A float as bfloat16, in the low half of its lane: to nearest, ties to even; 0 below 2^-50, NaN where it isn't finite. */
+/* Floats as bfloat16, in int16: to nearest, ties to even, 0 below 2^-50. Rounds by an addition that carries into the upper
+ * half. Infinity and NaN are doubled instead, which makes NaN a quiet one: its upper half is NaN too, whatever its lower half
+ * was. */
 PE_INLINE vi to_bf16(vf x)
 {
-    const vi bits = vf_bits(x), last = vi_and(vi_sra(bits, 16), vi_set(1));
-    const vi rounded = vi_sra(vi_add(bits, vi_add(vi_set(0x7fff), last)), 16);
-    const vf size = vf_max(x, vf_sub(vf_set(0.0f), x));
-    const vf normal = vf_select(vf_lt(size, vf_set(0x1p-50f)), vf_set(0.0f), vi_bits(rounded));
-    const vm finite = vf_lt(vf_set(-1.0f), vf_mul(x, vf_set(0.0f)));
-    return vi_and(vf_bits(vf_select(finite, normal, vi_bits(vi_set(0x7fc0)))), vi_set(0xffff));
+    const vi bits = vf_bits(x), odd = vi_and(vi_sra(bits, 16), vi_set(1));
+    const vf rounded = vi_bits(vi_add(bits, vi_add(odd, vi_set(0x7fff))));
+    const vf size = vi_bits(vi_and(bits, vi_set(0x7fffffff)));
+    const vf normal = vf_select(vf_lt(size, vf_set(0x1p-50f)), vf_set(0.0f), rounded);
+    return vi_sra(vf_bits(vf_select(vf_lt(size, vf_set(INFINITY)), normal, vf_add(x, x))), 16);
 }
+
+PE_INLINE vf from_bf16s(const uint16_t *p) { return vi_bits(vi_shl(vi_load_s16((const int16_t *)p), 16)); }
 
 static void narrow_bf16(const float *x, int64_t n, uint16_t *y)
 {
     for (int64_t i = 0; i < n; i += PE_LANES)
-        vi_store_u16(y + i, to_bf16(load_or(x, i, n, 0.0f)));
+        vi_store_s16((int16_t *)y + i, to_bf16(load_or(x, i, n, 0.0f)));
+}
+
+static void widen_bf16(const uint16_t *x, int64_t n, float *y)
+{
+    for (int64_t i = 0; i < n; i += PE_LANES)
+        vf_store(y + i, from_bf16s(x + i));
 }
 
 /* The mean of d^2 is taken about a rounded mean; `shift`, the mean of d, corrects both. So a row far from 0 loses nothing. */

@@ -142,7 +142,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
                      n_group * BYTES, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
-                const vf scale = vf_load_bf16(w->scale + ((panel + p) * n_group + i) * PE_LANES);
+                const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
                 offset[p] = vf_mad(scale, vi_to_float(column_sum[p]), offset[p]);
                 PE_UNROLL
                 for (int r = 0; r < rows; r++) {

@@ -23,8 +23,8 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     prompt_tokens = min(prompt_tokens, executor.max_seq_len)
     new_tokens = min(new_tokens, executor.max_seq_len - 1)
     yield (
-        f"{model.plan.model_type}, {cost.n_parameter:,} parameters, {model.dtype}, {executor.threads} threads, "
-        f"{executor.simd}"
+        f"{model.plan.model_type}, {cost.n_parameter:,} parameters, {model.dtype}, KV {model.kv_dtype}, "
+        f"{executor.threads} threads, {executor.simd}"
     )
     bandwidth = limits.read_bandwidth(executor.threads)
     multiplied = "int8" if model.dtype == "int4" else model.dtype

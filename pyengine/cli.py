@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyengine import __version__
 
+from .cost import DEFAULT_KV_DTYPE
 from .errors import ArgumentError, CheckpointFileError, Error
 
 if TYPE_CHECKING:
@@ -182,6 +183,12 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
         "--model", default="demo", metavar="M", help="a folder, a model id of the hub, or demo (the bundled one)"
     )
     sub.add_argument("--dtype", default="int8", metavar="D", help="float32, bfloat16, int8 (default) or int4")
+    sub.add_argument(
+        "--kv-dtype",
+        default=DEFAULT_KV_DTYPE,
+        metavar="D",
+        help=f"what keys and values are kept in: float32, bfloat16 or int8 (default {DEFAULT_KV_DTYPE})",
+    )
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
 
@@ -190,7 +197,13 @@ def open_model(arguments: argparse.Namespace) -> Model:
     from .model import load
 
     with progress_bar() as progress:
-        return load(arguments.model, dtype=arguments.dtype, threads=arguments.threads, progress=progress)
+        return load(
+            arguments.model,
+            dtype=arguments.dtype,
+            threads=arguments.threads,
+            progress=progress,
+            kv_dtype=arguments.kv_dtype,
+        )
 
 
 @contextmanager
@@ -262,8 +275,8 @@ def generate(arguments: argparse.Namespace) -> int:
         rate = f", {(n - 1) / decode:,.1f} tokens/s" if n > 1 else ""
         print(
             f"prompt of {len(model.token_ids(prompt)):,} tokens, first token after {first:.3f} s; {n:,} tokens{rate}; "
-            f"loaded in {loaded - started:.2f} s; {model.dtype}, {model.executor.threads} threads, "
-            f"{model.executor.simd}",
+            f"loaded in {loaded - started:.2f} s; {model.dtype}, KV {model.kv_dtype}, "
+            f"{model.executor.threads} threads, {model.executor.simd}",
             file=sys.stderr,
         )
     return 0
@@ -278,7 +291,7 @@ def info(arguments: argparse.Namespace) -> int:
     """Says what the machine can do, and what a model needs."""
     from ._native import simd
     from ._native.matmul import DTYPES
-    from .cost import cost
+    from .cost import KV_BYTES, cost
     from .model import plan_of
     from .threads import choose_threads
 
@@ -293,17 +306,18 @@ def info(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         return 0
     plan = plan_of(arguments.model)
-    print(f"\n{arguments.model}: {plan.model_type}, {cost(plan, 'float32').n_parameter:,} parameters")
+    print(f"\n{arguments.model}: {plan.model_type}, {cost(plan, 'float32', 'float32').n_parameter:,} parameters")
     print(
         f"             {plan.n_layer} layers, {plan.n_head} heads of {plan.head_dim}, d_model {plan.d_model}, "
         f"vocabulary {plan.vocab_size:,}, context {plan.max_seq_len:,}"
     )
-    print(f"{'dtype':<12} {'weights':>12} {'KV cache, full':>16} {'read per token':>16}")
+    print(f"{'dtype':<12} {'weights':>12} {'read per token':>16}")
     for dtype in DTYPES:
-        c = cost(plan, dtype)
-        kv = c.kv_bytes_per_token * plan.max_seq_len
-        print(f"{dtype:<12} {c.weight_bytes / 1e6:>9,.1f} MB {kv / 1e6:>13,.1f} MB {c.decode_bytes / 1e6:>13,.1f} MB")
-    c = cost(plan, "float32")
+        c = cost(plan, dtype, DEFAULT_KV_DTYPE)
+        print(f"{dtype:<12} {c.weight_bytes / 1e6:>9,.1f} MB {c.decode_bytes / 1e6:>13,.1f} MB")
+    full = {kv: cost(plan, "float32", kv).kv_bytes_per_token * plan.max_seq_len for kv in KV_BYTES}
+    print("KV cache     full: " + ", ".join(f"{kv} {nbytes / 1e6:,.1f} MB" for kv, nbytes in full.items()))
+    c = cost(plan, "float32", DEFAULT_KV_DTYPE)
     print(
         f"operations   {c.block_flops / 1e6:,.1f} M a token, {c.head_flops / 1e6:,.1f} M more for its logits, "
         f"{c.attention_flops_per_position / 1e3:,.1f} k for each position that it looks at"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 from .plan import Attend, Embed, Linear, MatrixSpec, Plan
 
@@ -11,11 +12,13 @@ from .plan import Attend, Embed, Linear, MatrixSpec, Plan
 GROUP = 128  # values of an int8 weight's column that share a column sum
 Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
+KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
+DEFAULT_KV_DTYPE: Final = "float32"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A plan with its weights in one dtype."""
+    """A plan with its weights in one dtype, and its keys and values in one."""
 
     n_parameter: int
     weight_bytes: int  # packed weights, and vectors
@@ -47,8 +50,14 @@ def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
             return columns * (_whole(spec.n_in, Q4_GROUP) // 2 + 2 * _whole(spec.n_in, Q4_GROUP) // Q4_GROUP)
 
 
-def cost(plan: Plan, dtype: str) -> Cost:
-    """The cost of a plan whose matrices are kept as `dtype` (float32, bfloat16, int8 or int4)."""
+def kv_bytes(op: Attend, dtype: str) -> int:
+    """The memory of one position's keys and values; int8 has a float32 scale for each."""
+    scales = 8 if dtype == "int8" else 0
+    return op.n_kv_head * (KV_BYTES[dtype] * (op.head_dim + _whole(op.head_dim, LANES)) + scales)
+
+
+def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
+    """The cost of a plan whose matrices are kept as `dtype` (see matrix_dtypes), keys and values as `kv_dtype`."""
     dtypes = matrix_dtypes(plan, dtype)
     memory = {name: matrix_bytes(spec, dtypes[name]) for name, spec in plan.matrices.items()}
     size = {name: spec.n_out * spec.n_in for name, spec in plan.matrices.items()}
@@ -60,7 +69,7 @@ def cost(plan: Plan, dtype: str) -> Cost:
     return Cost(
         n_parameter=sum(size.values()) + vectors,
         weight_bytes=sum(memory.values()) + 4 * vectors,
-        kv_bytes_per_token=sum(4 * op.n_kv_head * (op.head_dim + _whole(op.head_dim, LANES)) for op in attend),
+        kv_bytes_per_token=sum(kv_bytes(op, kv_dtype) for op in attend),
         decode_bytes=sum(n for name, n in memory.items() if name not in only_looked_up),
         block_flops=sum(2 * size[op.weight] for op in plan.ops if isinstance(op, Linear)) - head,
         head_flops=head,

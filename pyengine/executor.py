@@ -39,14 +39,19 @@ class Executor:
     max_rows = 512  # most rows of one step: a chunk of a prompt, which bounds the memory of activations
 
     def __init__(
-        self, plan: Plan, matrices: Mapping[str, PackedMatrix], vectors: Mapping[str, Floats], threads: int
+        self,
+        plan: Plan,
+        matrices: Mapping[str, PackedMatrix],
+        vectors: Mapping[str, Floats],
+        kv_dtype: str,
+        threads: int,
     ) -> None:
         self.plan = plan
         self.threads = threads
         self.simd = simd.active()
         self.max_seq_len = plan.max_seq_len
         self.vocab_size = plan.vocab_size
-        self.pool = KVPool(plan)
+        self.pool = KVPool(plan, kv_dtype)
         self._lock = threading.Lock()
         self._engine = native(plan, matrices, vectors, self.pool, threads)
 

@@ -19,8 +19,9 @@ PAGE = KVLayout.page_positions
 class KVPool:
     """The pages of one model. A page's memory is kept for the next one when nobody refers to the page any more."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim)
+    def __init__(self, plan: Plan, dtype: str) -> None:
+        self.dtype = dtype  # what keys and values are stored in: float32, bfloat16 or int8
+        self.layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim, dtype)
         self.max_pages = -(-plan.max_seq_len // PAGE)
         self.free: list[Block] = []
         self.n_made = 0

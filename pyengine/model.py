@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import beam, generation
+from ._native.attention import KV_DTYPES
 from ._native.matmul import DTYPES
 from .architectures import architecture_of
 from .checkpoint import Checkpoint, bind, read_json
-from .cost import Cost, cost
+from .cost import DEFAULT_KV_DTYPE, Cost, cost
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
 from .generation import Piece, Request, Score
@@ -30,6 +31,7 @@ from .weights import load_weights
 
 Prompt = str | SequenceOf[int]
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+KVDtype = Literal["float32", "bfloat16", "int8"]
 
 # What a checkpoint's folder may hold that is read; nothing else is downloaded.
 FILES = ["*.json", "*.safetensors", "merges.txt"]
@@ -40,6 +42,7 @@ def load(
     dtype: Dtype = "int8",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kv_dtype: KVDtype = DEFAULT_KV_DTYPE,
 ) -> Model:
     """Loads a model from a Hugging Face checkpoint, as it is: a folder, "demo" (the bundled one), or a model id of
     the hub.
@@ -50,6 +53,9 @@ def load(
     "int4" (weights of 4.5 bits, the embedding and the head in int8; activations in int8). threads is the number of
     threads, by default that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is
     called now and then with the bytes of weights that are packed, and of all.
+    kv_dtype is what the cache keeps keys and values in:
+    "float32", "bfloat16" (half the memory), or "int8" (little more than a fourth, a scale for each position and head);
+    attention computes in float32.
 
     A model id, such as "openai-community/gpt2", needs the extra `hub` and is downloaded by huggingface_hub into its
     cache. Raises CheckpointError and CheckpointFileError for what is wrong with the checkpoint, ArgumentError for the
@@ -60,6 +66,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise ArgumentError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     n_threads = choose_threads(threads).count
     folder = find(model)
     with Checkpoint.open(folder) as checkpoint:
@@ -69,7 +77,7 @@ def load(
         eos_token_ids = _eos_token_ids(folder, checkpoint.config, plan.vocab_size)
         tokenizer = Tokenizer.from_folder(folder, plan.vocab_size)
         matrices, vectors = load_weights(checkpoint, tensors, plan, dtype, n_threads, progress)
-    executor = Executor(plan, matrices, vectors, n_threads)
+    executor = Executor(plan, matrices, vectors, kv_dtype, n_threads)
     return Model(checkpoint.config, dtype, executor, tokenizer, eos_token_ids)
 
 
@@ -142,6 +150,7 @@ class Model:
     ) -> None:
         self.config = config
         self.dtype = dtype
+        self.kv_dtype = executor.pool.dtype
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.executor = executor
@@ -153,7 +162,7 @@ class Model:
     @property
     def cost(self) -> Cost:
         """Memory, and the operations and bytes of a token."""
-        return cost(self.plan, self.dtype)
+        return cost(self.plan, self.dtype, self.kv_dtype)
 
     def generate(
         self,

@@ -58,6 +58,18 @@ def attention(qkv: Array, n_head: int, n_kv_head: int, head_dim: int, scale: flo
     return np.einsum("hij,jhd->ihd", softmax(scores), v).reshape(n, -1)
 
 
+def as_stored(x: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Keys or values [..., head_dim] as a KV page gives them back: rounded to what it stores, to the bit."""
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32).astype(np.uint64)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+        return np.where(np.isnan(x), x, np.where(np.abs(x) < 2.0**-50, np.float32(0), rounded))
+    if dtype == "int8":
+        scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+        return np.rint(x * (np.float32(1) / scale)) * scale
+    return x
+
+
 def run(plan: Plan, weights: Mapping[str, Array], token_ids: NDArray[np.integer]) -> dict[str, Array]:
     """Every buffer as it is at the end; the logits are those of all positions. weights: the plan's names, matrices
     [n_out, n_in].

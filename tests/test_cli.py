@@ -86,7 +86,7 @@ def test_generate_stats(expected: str) -> None:
     numbers = (
         r"prompt of \d+ tokens, first token after \d+\.\d+ s; 12 tokens, [\d,]+\.\d tokens/s; loaded in \d+\.\d+ s"
     )
-    assert re.fullmatch(rf"{numbers}; int8, 2 threads, portable\n", err)
+    assert re.fullmatch(rf"{numbers}; int8, KV float32, 2 threads, portable\n", err)
 
 
 def test_generate_options_arrive() -> None:
@@ -108,9 +108,10 @@ def test_generate_options_arrive() -> None:
 
     beams = model.generate("Once", max_new_tokens=9, num_beams=3, length_penalty=0.5)
     options = "--max-new-tokens 9 --num-beams 3 --length-penalty 0.5 --dtype float32 --no-prompt --stats"
-    code, out, err = run("generate", "Once", *options.split())
+    code, out, err = run("generate", "Once", *options.split(), "--kv-dtype", "float32")
     assert (code, out) == (0, f"{beams.text}\n")
-    assert "9 tokens" in err
+    assert "9 tokens" in err and "; float32, KV float32, " in err
+    assert "; int8, KV bfloat16, " in run("generate", "Once", "--kv-dtype", "bfloat16", "--stats", "--no-prompt")[2]
 
 
 def test_help_has_examples() -> None:
@@ -156,6 +157,7 @@ REFUSED = {
     "folder": (("--model", "/nonexistent/model"), "/nonexistent/model: expected a checkpoint's folder, got nothing"),
     "model id": (("--model", "no-such-model"), "no-such-model: expected a folder, 'demo', or a model id"),
     "dtype": (("--dtype", "int3"), "dtype: expected one of float32, bfloat16, int8, int4, got 'int3'"),
+    "kv_dtype": (("--kv-dtype", "int4"), "kv_dtype: expected one of float32, bfloat16, int8, got 'int4'"),
     "threads": (("--threads", "0"), "threads: expected 1..1024, got 0"),
     "temperature": (("--temperature", "-1"), "temperature: expected at least 0, got -1.0"),
     "nan": (("--temperature", "nan"), "temperature: expected at least 0, got nan"),
@@ -220,9 +222,10 @@ def test_info_of_a_model() -> None:
     code, out, err = run("info", "--model", "demo")
     assert (code, err) == (0, "")
     assert "demo: gpt2, 5,918,720 parameters\n" in out
-    assert re.search(r"^float32 +23\.7 MB +6\.3 MB +23\.1 MB$", out, re.MULTILINE)
+    assert re.search(r"^float32 +23\.7 MB +23\.1 MB$", out, re.MULTILINE)
     assert re.search(r"^int8 +6\.5 MB ", out, re.MULTILINE)
     assert re.search(r"^int4 +4\.\d MB ", out, re.MULTILINE)
+    assert "\nKV cache     full: float32 6.3 MB, bfloat16 3.1 MB, int8 1.7 MB\n" in out
     assert re.search(r"^operations   9\.4 M a token, 2\.1 M more for its logits", out, re.MULTILINE)
 
 
@@ -264,7 +267,7 @@ def test_bench() -> None:
     code, out, err = run("bench", *options.split())
     assert (code, err) == (0, "")
     header, limits, prefill, decode = out.splitlines()
-    assert header.startswith("gpt2, 5,918,720 parameters, int8, 1 threads, ")
+    assert header.startswith("gpt2, 5,918,720 parameters, int8, KV float32, 1 threads, ")
     assert re.fullmatch(r"limits: [\d.]+ GB/s read, [\d,]+ GOPS int8", limits)
     assert re.match(r"prefill +20 tokens +[\d,.]+ tokens/s \([\d,.]+ to [\d,.]+\) +\d+% of the peak", prefill)
     assert re.match(r"decode +3 tokens +[\d,.]+ tokens/s .* GB/s of weights, \d+% of the read bandwidth", decode)

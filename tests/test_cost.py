@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import CONFIG, bound, write_checkpoint
 
-from pyengine._native.attention import KVLayout
+from pyengine._native.attention import KV_DTYPES, KVLayout
 from pyengine._native.matmul import DTYPES, PackedMatrix
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def test_weights(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
     with Checkpoint.open(tmp_path) as checkpoint:
         matrices, vectors = load_weights(checkpoint, bound(tmp_path), plan, dtype, 1)
         stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    expected = cost(plan, dtype)
+    expected = cost(plan, dtype, "float32")
     packed = {name: matrix.nbytes for name, matrix in matrices.items()}
     assert expected.weight_bytes == sum(packed.values()) + sum(vector.nbytes for vector in vectors.values())
     assert expected.n_parameter == stored / 4  # float32
@@ -42,16 +42,17 @@ def test_weights(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
     assert expected.decode_bytes == sum(packed.values()) - looked_up
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(("n_embd", "n_head"), [(32, 2), (60, 3), (48, 1), (34, 2)])
-def test_kv_cache(n_embd: int, n_head: int) -> None:
+def test_kv_cache(n_embd: int, n_head: int, dtype: str) -> None:
     plan = gpt2.plan(CONFIG | {"n_embd": n_embd, "n_head": n_head})
-    layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim)
-    assert cost(plan, "int8").kv_bytes_per_token * KVLayout.page_positions == layout.page_nbytes
+    layout = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim, dtype)
+    assert cost(plan, "int8", dtype).kv_bytes_per_token * KVLayout.page_positions == layout.page_nbytes
 
 
 def test_bundled_model() -> None:
     plan = plan_of("demo")
-    got = cost(plan, "float32")
+    got = cost(plan, "float32", "float32")
     assert got.n_parameter == 5_918_720
     assert got.weight_bytes == 4 * 5_918_720  # all of its sizes are multiples of 16
     n_block = 6 * (256 * 768 + 256 * 256 + 2 * 256 * 1024)
@@ -60,4 +61,4 @@ def test_bundled_model() -> None:
     assert got.decode_bytes == 4 * (n_block + 4096 * 256)
     assert got.attention_flops_per_position == 6 * 4 * 256  # a multiplication and an addition for each of q k and w v
     assert got.kv_bytes_per_token == 6 * 2 * 256 * 4
-    assert cost(plan, "int8").weight_bytes < 0.3 * got.weight_bytes
+    assert cost(plan, "int8", "float32").weight_bytes < 0.3 * got.weight_bytes

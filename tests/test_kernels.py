@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyengine._native import simd
 from pyengine._native.activation import activate, exp
-from pyengine._native.attention import attention
+from pyengine._native.attention import KV_DTYPES, attention
 from pyengine._native.matmul import PackedMatrix, matmul, quantize
 from pyengine._native.norm import layer_norm, softmax
 
@@ -104,13 +104,6 @@ def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
         assert (np.abs(weights - w) <= np.abs(w).max(1, keepdims=True) / 127 * 0.501).all()
 
 
-def to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """To nearest, ties to even; 0 below 2^-50."""
-    bits = x.view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
-    return np.where(np.abs(x) < 2.0**-50, np.float32(0), rounded)
-
-
 @pytest.mark.parametrize("n_row", ROWS)
 def test_matmul_bfloat16_is_what_its_values_say(level: str, n_row: int) -> None:
     """Rounded activations times rounded weights, summed in float64, is what comes out."""
@@ -120,21 +113,21 @@ def test_matmul_bfloat16_is_what_its_values_say(level: str, n_row: int) -> None:
         w = rng.standard_normal((n_out, n_in)).astype(np.float32)
         packed = pack(w, "bfloat16")
         weights = np.stack([packed.row(i) for i in range(n_out)])
-        assert np.array_equal(weights, to_bfloat16(w))
-        values = to_bfloat16(x)
+        assert np.array_equal(weights, reference.as_stored(w, "bfloat16"))
+        values = reference.as_stored(x, "bfloat16")
         exact = values.astype(np.float64) @ weights.T.astype(np.float64)
         assert (np.abs(matmul(x, packed, 2) - exact) <= matmul_bound(values, weights)).all()
 
 
 def test_bfloat16_rounding(level: str) -> None:
-    """Products with 1 show the rounded values themselves: ties, subnormals, the largest; what isn't finite is NaN."""
+    """Products with 1 show the rounded values themselves: ties, subnormals, the largest; what isn't finite shows."""
     bits = np.concatenate([np.arange(0, 2**32, 65521, np.uint32), np.arange(0x3F800000, 0x3F840000, 0x2000, np.uint32)])
     x = bits.view(np.float32)
     x = x[np.isfinite(x) & (np.abs(x) < 3.38e38)]
     one = pack(np.eye(16, 1, dtype=np.float32), "bfloat16")
-    assert np.array_equal(matmul(x.reshape(-1, 1), one)[:, 0], to_bfloat16(x))
+    assert np.array_equal(matmul(x.reshape(-1, 1), one)[:, 0], reference.as_stored(x, "bfloat16"))
     for special in (np.nan, np.inf, -np.inf):
-        assert np.isnan(matmul(np.array([[special]], np.float32), one)[0, 0])
+        assert not np.isfinite(matmul(np.array([[special]], np.float32), one)[0, 0])
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -144,7 +137,8 @@ def test_matmul_narrow_sizes(level: str, n: int) -> None:
         x = rng.standard_normal((3, n_in)).astype(np.float32)
         w = rng.standard_normal((n_out, n_in)).astype(np.float32)
         packed = pack(w, "bfloat16")
-        error = np.abs(matmul(x, packed) - to_bfloat16(x).astype(np.float64) @ to_bfloat16(w).T.astype(np.float64))
+        x_kept, w_kept = (reference.as_stored(array, "bfloat16").astype(np.float64) for array in (x, w))
+        error = np.abs(matmul(x, packed) - x_kept @ w_kept.T)
         assert (error <= matmul_bound(x, w)).all()
         check_int4(x, w)
 
@@ -267,6 +261,60 @@ def test_attention(level: str, n: int) -> None:
         qkv = rng.standard_normal((n, (n_head + 2 * n_kv_head) * head_dim)).astype(np.float32) * 2
         exact = reference.attention(qkv.astype(np.float64), n_head, n_kv_head, head_dim, head_dim**-0.5)
         np.testing.assert_allclose(attention(qkv, n_head, n_kv_head, head_dim, head_dim**-0.5, 2), exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("n", [1, 17, 64, 65, 150])
+def test_attention_of_a_kv_dtype(level: str, n: int, kv_dtype: str) -> None:
+    """To the bit what float32 gives for rounded keys and values, and as near to the exact result as their rounding."""
+    rng = np.random.default_rng(n)
+    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64)):
+        q = rng.standard_normal((n, n_head, head_dim)).astype(np.float32)
+        kv = rng.standard_normal((n, 2 * n_kv_head, head_dim)).astype(np.float32) * 2
+        stored = reference.as_stored(kv, kv_dtype)
+        scale = head_dim**-0.5
+        arguments = n_head, n_kv_head, head_dim, scale
+        qkv, rounded = (np.concatenate([q, x], axis=1).reshape(n, -1) for x in (kv, stored))
+        got = attention(qkv, *arguments, 2, kv_dtype)
+        assert got.tobytes() == attention(rounded, *arguments).tobytes()
+
+        # Half a step: bfloat16 has 8 bits of precision.
+        largest = np.abs(kv).max(-1, keepdims=True)
+        unit = {"float32": 0 * kv, "bfloat16": np.abs(kv) * 2.0**-8, "int8": largest / 127 * 0.501 + 0 * kv}[kv_dtype]
+        assert (np.abs(stored - kv) <= unit).all()
+        k_unit, v_unit = np.repeat(np.split(unit, 2, axis=1), n_head // n_kv_head, axis=2)
+        # Scores move by at most s, so weights by a factor of at most exp(2 s).
+        s = scale * np.einsum("ihd,jhd->hij", np.abs(q), k_unit).max((1, 2))[:, None]
+        bound = np.expm1(2 * s) * np.abs(kv).max() + v_unit.max((0, 2))[:, None] + 2e-5  # [n_head, 1]
+        error = np.abs(got - reference.attention(qkv.astype(np.float64), *arguments)).reshape(n, n_head, head_dim)
+        assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_what_a_page_gives_back(level: str, kv_dtype: str) -> None:
+    """A query that sees one key gives that key's value: of every head, one vector of numbers."""
+    d = 20
+    patterns = np.arange(1 << 16, dtype=np.uint32) << 16  # all of bfloat16; then what is rounded to it
+    halfway = np.concatenate([patterns | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    rng = np.random.default_rng(0)
+    finite = halfway[np.isfinite(halfway)]
+    x = np.concatenate([finite[: len(finite) // d * d], rng.standard_normal(100 * d).astype(np.float32)]).reshape(-1, d)
+    x[1] = 0
+    x[2] = 1e-38
+    x[3, 5:] = 3e38
+    for bad in (np.inf, -np.inf, np.nan):
+        x = np.concatenate([x, x[-1:]])
+        x[-1, 7] = bad
+    x = np.concatenate([x, x[-1:]])
+    x[-1, 7] = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # NaN in its lower half alone
+    n = len(x)
+    qkv = np.concatenate([np.zeros((2, n, d), np.float32), x[None]]).reshape(1, -1)
+    got = attention(qkv, n, n, d, 1.0, 1, kv_dtype).reshape(n, d)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = reference.as_stored(x, kv_dtype)
+    if kv_dtype == "int8":
+        expected[-4:] = np.nan  # the scale says that something was not finite
+    assert np.array_equal(got, expected, equal_nan=True)
 
 
 def test_same_bits_across_levels() -> None:

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import CONFIG, write_checkpoint
 
 import pyengine
+from pyengine._native.attention import KV_DTYPES
 from pyengine.architectures import gpt2
 from pyengine.errors import ArgumentError
 from pyengine.executor import Executor, Rows
@@ -20,7 +21,7 @@ VOCAB = 50
 
 @pytest.fixture
 def pool() -> KVPool:
-    return KVPool(gpt2.plan(CONFIG | {"n_positions": CONTEXT}))
+    return KVPool(gpt2.plan(CONFIG | {"n_positions": CONTEXT}), "float32")
 
 
 def grow(sequence: Sequence, n: int) -> None:
@@ -109,11 +110,11 @@ def test_truncate_to_what_it_never_was(pool: KVPool, n: int) -> None:
     assert sequence.length == 5
 
 
-@pytest.fixture(scope="module")
-def executor(tmp_path_factory: pytest.TempPathFactory) -> Executor:
+@pytest.fixture(scope="module", params=KV_DTYPES)
+def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Executor:
     config = {"n_embd": 24, "n_head": 2, "n_layer": 2, "n_positions": CONTEXT, "vocab_size": VOCAB}
     folder = write_checkpoint(tmp_path_factory.mktemp("kv"), config)
-    return pyengine.load(folder, dtype="float32", threads=1).executor
+    return pyengine.load(folder, dtype="float32", threads=1, kv_dtype=request.param).executor
 
 
 def append(executor: Executor, sequence: Sequence, tokens: list[int]) -> bytes:

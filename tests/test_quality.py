@@ -1,6 +1,4 @@
-"""What int8, int4 and bfloat16 cost in quality, on the bundled model and real prose: as it is, and with outliers that
-break int8.
-"""
+"""What dtypes and KV dtypes cost in quality, on the bundled model and real prose: as it is, and with outliers."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def windows(shared: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(windows: list[list[int]]) -> list[Doubles]:
     """What float32 says: log-probabilities, [WINDOW, vocab_size] for each window."""
-    model = pyengine.load("demo", dtype="float32")
+    model = pyengine.load("demo", dtype="float32", kv_dtype="float32")
     return [log_softmax(model.logits(window)) for window in windows]
 
 
@@ -160,6 +158,25 @@ def test_outliers(outliers: Path, windows: list[list[int]], expected: list[Doubl
     assert got.perplexity_ratio <= 1.005
     assert 0 < got.divergence <= 0.004
     assert quality(pyengine.load(outliers, dtype="int4"), windows, expected).divergence <= 0.045
+
+
+def test_kv_dtypes(windows: list[list[int]], expected: list[Doubles]) -> None:
+    got = quality(pyengine.load("demo", dtype="float32", kv_dtype="bfloat16"), windows, expected)
+    assert abs(got.perplexity_ratio - 1) <= 0.0003
+    assert 0 < got.divergence <= 0.000025
+    assert got.same_top >= 0.995
+    got = quality(pyengine.load("demo", dtype="float32", kv_dtype="int8"), windows, expected)
+    assert abs(got.perplexity_ratio - 1) <= 0.0003
+    assert 0 < got.divergence <= 0.00015
+    assert got.same_top >= 0.99
+
+
+def test_control_of_kv_dtypes(outliers: Path, windows: list[list[int]], expected: list[Doubles]) -> None:
+    """Values with a few large channels take int8, which has one scale for all, out of its gate; not bfloat16."""
+    got = quality(pyengine.load(outliers, dtype="float32", kv_dtype="int8"), windows, expected)
+    assert got.divergence > 0.00015
+    got = quality(pyengine.load(outliers, dtype="float32", kv_dtype="bfloat16"), windows, expected)
+    assert 0 < got.divergence <= 0.000025
 
 
 def test_outliers_leave_float32_as_it_is(outliers: Path, windows: list[list[int]]) -> None:

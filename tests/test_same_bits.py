@@ -29,13 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=[*DTYPES, "float32, KV int8", "int8, KV bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def load(folder: Path, dtype: str, threads: int) -> pyengine.Model:
+    weights, _, kv = dtype.partition(", KV ")
+    return pyengine.load(folder, dtype=weights, threads=threads, kv_dtype=kv or "float32")  # type: ignore[arg-type]
+
+
 def executor_of(folder: Path, dtype: str, threads: int) -> Executor:
-    return pyengine.load(folder, dtype=dtype, threads=threads).executor  # type: ignore[arg-type]
+    return load(folder, dtype, threads).executor
 
 
 def prompts() -> list[Ids]:
@@ -128,7 +133,7 @@ def test_control(folder: Path, dtype: str) -> None:
 
 
 def test_generation_alone_and_in_a_batch(folder: Path, dtype: str) -> None:
-    model = pyengine.load(folder, dtype=dtype, threads=2)  # type: ignore[arg-type]
+    model = load(folder, dtype, 2)
     together = model.generate([p.tolist() for p in prompts()], max_new_tokens=20, seed=7, ignore_eos=True)
     for prompt, completion in zip(prompts(), together, strict=True):
         one = model.generate(prompt.tolist(), max_new_tokens=20, seed=7, ignore_eos=True)

@@ -77,20 +77,25 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     return (vi){_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
-PE_INLINE vf vf_load_bf16(const uint16_t *p)
+PE_INLINE vi vi_load_s8(const int8_t *p)
 {
-    return vi_bits((vi){_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16),
-                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8))), 16)});
+    return (vi){_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
 }
-PE_INLINE void vi_store_u16(uint16_t *p, vi a)
+PE_INLINE __m256i words_of(vi a) /* packs works in 128-bit halves */
 {
-    const __m256i low = _mm256_set1_epi32(0xffff);
-    __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.l, low), _mm256_and_si256(a.h, low));
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(words, 0xd8));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(a.l, a.h), 0xd8);
+}
+PE_INLINE void vi_store_s16(int16_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, words_of(a)); }
+PE_INLINE void vi_store_s8(int8_t *p, vi a)
+{
+    __m256i words = words_of(a);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)p, bytes);
 }
 PE_INLINE void vi_store_u8(uint8_t *p, vi a)
 {
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.l, a.h), 0xd8); /* packs works in 128-bit halves */
+    __m256i words = words_of(a);
     __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)p, bytes);
 }

@@ -38,15 +38,13 @@ PE_INLINE vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
 PE_INLINE vm vf_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 PE_INLINE vf vf_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
 PE_INLINE vi vi_load_s16(const int16_t *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+PE_INLINE vi vi_load_s8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+PE_INLINE void vi_store_s16(int16_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(a)); }
+PE_INLINE void vi_store_s8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(a)); }
 PE_INLINE void vi_store_u8(uint8_t *p, vi a)
 {
     vi inside = vi_min(vi_max(a, vi_set(0)), vi_set(255));
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(inside));
-}
-PE_INLINE void vi_store_u16(uint16_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
-PE_INLINE vf vf_load_bf16(const uint16_t *p)
-{
-    return vi_bits(vi_shl(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 
 /* 64 bytes as 2 x 64 values of a table of 16. */

@@ -95,23 +95,25 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     int16x8_t l = vld1q_s16(p), h = vld1q_s16(p + 8);
     return (vi){vmovl_s16(vget_low_s16(l)), vmovl_high_s16(l), vmovl_s16(vget_low_s16(h)), vmovl_high_s16(h)};
 }
-PE_INLINE vf vf_load_bf16(const uint16_t *p)
+PE_INLINE vi vi_load_s8(const int8_t *p)
 {
-    uint16x8_t l = vld1q_u16(p), h = vld1q_u16(p + 8);
-    return (vf){
-        vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(l), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(l), 16)),
-        vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(h), 16)),
-    };
+    int8x16_t v = vld1q_s8(p);
+    int16x8_t l = vmovl_s8(vget_low_s8(v)), h = vmovl_high_s8(v);
+    return (vi){vmovl_s16(vget_low_s16(l)), vmovl_high_s16(l), vmovl_s16(vget_low_s16(h)), vmovl_high_s16(h)};
 }
-PE_INLINE void vi_store_u16(uint16_t *p, vi x)
+PE_INLINE int16x8_t words_of(int32x4_t x, int32x4_t y) { return vqmovn_high_s32(vqmovn_s32(x), y); }
+PE_INLINE void vi_store_s16(int16_t *p, vi x)
 {
-    vst1q_s16((int16_t *)p, vcombine_s16(vmovn_s32(x.a), vmovn_s32(x.b)));
-    vst1q_s16((int16_t *)p + 8, vcombine_s16(vmovn_s32(x.c), vmovn_s32(x.d)));
+    vst1q_s16(p, words_of(x.a, x.b));
+    vst1q_s16(p + 8, words_of(x.c, x.d));
+}
+PE_INLINE void vi_store_s8(int8_t *p, vi x)
+{
+    vst1q_s8(p, vqmovn_high_s16(vqmovn_s16(words_of(x.a, x.b)), words_of(x.c, x.d)));
 }
 PE_INLINE void vi_store_u8(uint8_t *p, vi x)
 {
-    int16x8_t l = vqmovn_high_s32(vqmovn_s32(x.a), x.b), h = vqmovn_high_s32(vqmovn_s32(x.c), x.d);
-    vst1q_u8(p, vqmovun_high_s16(vqmovun_s16(l), h));
+    vst1q_u8(p, vqmovun_high_s16(vqmovun_s16(words_of(x.a, x.b)), words_of(x.c, x.d)));
 }
 
 #define PE_TREE(name, op)                                                                                            \

@@ -134,15 +134,19 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     PE_FOR r.x[i] = p[i];
     return r;
 }
-PE_INLINE vf vf_load_bf16(const uint16_t *p)
+PE_INLINE vi vi_load_s8(const int8_t *p)
 {
     vi r;
-    PE_FOR r.x[i] = (int32_t)((uint32_t)p[i] << 16);
-    return vi_bits(r);
+    PE_FOR r.x[i] = p[i];
+    return r;
 }
-PE_INLINE void vi_store_u16(uint16_t *p, vi a)
+PE_INLINE void vi_store_s16(int16_t *p, vi a)
 {
-    PE_FOR p[i] = (uint16_t)a.x[i];
+    PE_FOR p[i] = (int16_t)(a.x[i] < INT16_MIN ? INT16_MIN : a.x[i] > INT16_MAX ? INT16_MAX : a.x[i]);
+}
+PE_INLINE void vi_store_s8(int8_t *p, vi a)
+{
+    PE_FOR p[i] = (int8_t)(a.x[i] < INT8_MIN ? INT8_MIN : a.x[i] > INT8_MAX ? INT8_MAX : a.x[i]);
 }
 PE_INLINE void vi_store_u8(uint8_t *p, vi a)
 {

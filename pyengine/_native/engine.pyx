@@ -239,7 +239,7 @@ cdef class Engine:
             row += segments[i].n_row
             if segments[i].position + segments[i].n_row > min(self.max_seq_len, table.shape[0] * PE_PAGE):
                 raise ArgumentError(f"position: expected less than {self.max_seq_len} and a page for each")
-            segments[i].pages = <float **>&table[0]
+            segments[i].pages = <void **>&table[0]
         if row != token_ids.shape[0]:
             raise ArgumentError(f"token_ids: expected {row} rows, got {token_ids.shape[0]}")
         for i in range(picked.shape[0]):
@@ -298,8 +298,8 @@ cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nog
     elif op.kind == LINEAR:
         product(engine, op, src, out, n_row, worker)
     elif op.kind == ATTEND:
-        store_kv(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment)
         scratch = <float *>engine.scratch.data + worker.index * (engine.scratch.nbytes // sizeof(float) // engine.n_threads)
+        store_kv(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch)
         attend(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch, out.data, out.stride)
     elif op.kind == PICK_ROWS:
         pick_rows(src, out, step, worker)

@@ -87,6 +87,10 @@ cdef extern from "kernels.h" nogil:
         void (*pack_q8)(const float *, int64_t, int8_t *, float *, int16_t *) noexcept nogil
         void (*pack_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
         void (*pack_q4)(const float *, int64_t, uint8_t *, uint16_t *) noexcept nogil
+        void (*widen_bf16)(const uint16_t *, int64_t, float *) noexcept nogil
+        float (*narrow_q8)(const float *, int64_t, int8_t *) noexcept nogil
+        void (*widen_keys_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
+        void (*widen_values_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
 
     uint32_t pe_cpu_features()
     const pe_kernels *pe_level(int)

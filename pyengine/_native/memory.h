@@ -20,4 +20,17 @@ static inline void *pe_allocate(size_t size)
 static inline void pe_free(void *p) { free(p); }
 #endif
 
+#if defined(__GNUC__) || defined(__clang__)
+#define PE_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#else
+#define PE_PREFETCH(p) ((void)(p))
+#endif
+
+/* Asks for `size` bytes that are soon to be read. */
+static inline void pe_prefetch(const char *p, size_t size)
+{
+    for (size_t i = 0; i < size; i += PE_ALIGNMENT)
+        PE_PREFETCH(p + i);
+}
+
 #endif

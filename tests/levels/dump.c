@@ -159,9 +159,6 @@ static void rows(void)
         hash_floats(scales, (n + PE_GROUP - 1) / PE_GROUP);
         hash_bytes(zeros, (n + PE_GROUP - 1) / PE_GROUP * 4);
         line("quantize_q8", n, kind, 0);
-        level->narrow_bf16(x, n, halves);
-        hash_bytes(halves, (n + PE_LANES - 1) / PE_LANES * PE_LANES * 2);
-        line("narrow_bf16", n, kind, 0);
         level->layer_norm(x, n, w, w + 1, 1e-5f, y);
         hash_floats(y, n);
         line("layer_norm", n, kind, 0);
@@ -219,6 +216,40 @@ static void packing(void)
     }
 }
 
+/* Keys and values: usual ones, tiny ones, then any bit patterns, infinities and NaN among them. */
+static void key_values(void)
+{
+    for EACH(n, LENGTHS) for (int kind = 0; kind < 3; kind++) {
+        fill(x, n, kind ? 1e-37f : 3, 0);
+        for (int64_t i = 0; i < n && kind == 2; i++) {
+            const uint32_t bits = next();
+            memcpy(&x[i], &bits, sizeof bits);
+        }
+        level->narrow_bf16(x, n, halves);
+        hash_bytes(halves, 2 * n);
+        line("narrow_bf16", n, kind, 0);
+        level->widen_bf16(halves, n, y);
+        hash_floats(y, n);
+        line("widen_bf16", n, kind, 0);
+        y[0] = level->narrow_q8(x, n, packed);
+        hash_floats(y, 1);
+        hash_bytes(packed, n);
+        line("narrow_q8", n, kind, 0);
+        for (int64_t i = 0; i < 2 * PE_LANES * n || i < 3 * PE_PAGE * PE_LANES; i++)
+            packed[i] = (int8_t)next();
+        fill(scales, PE_PAGE, kind == 1 ? 1e-37f : 3, 0);
+        scales[n % PE_LANES] = kind == 2 ? NAN : 1;
+        level->widen_keys_q8(packed, scales, 2, n, y);
+        hash_floats(y, 2 * PE_LANES * n);
+        line("widen_keys_q8", n, kind, 0);
+        const int64_t n_position = n < PE_PAGE ? n : PE_PAGE;
+        level->widen_values_q8(packed, scales, n_position, 3, y);
+        for (int p = 0; p < 3; p++)
+            hash_floats(y + p * PE_PAGE * PE_LANES, n_position * PE_LANES);
+        line("widen_values_q8", n, kind, 0);
+    }
+}
+
 int main(int argc, char **argv)
 {
     for (int i = 0; (level = pe_level(i)) != 0; i++) {
@@ -229,6 +260,7 @@ int main(int argc, char **argv)
         activations();
         rows();
         packing();
+        key_values();
     }
     return 0;
 }
