@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+PEERS ?= .venv-peers
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/isa/* pyengine/_native/*.p[yx]* pyengine/_native/*.h)
 
-.PHONY: demo test check wheel bench sanitize clean
+.PHONY: demo test check wheel bench bench-peers bench-compare sanitize clean
 
 demo: $(STAMP) ## install, and stream a text from the bundled model
 	$(BIN)/pyengine generate "It was a dark and stormy night" --stats
@@ -29,6 +30,20 @@ endif
 bench: $(STAMP) ## prefill and decode of the bundled model beside the machine's limits
 	$(BIN)/pyengine bench
 
+# Heavy, and not part of make test: a venv with the engines of bench/peers.txt beside pyengine. llama.cpp is compiled for
+# this CPU, which takes minutes. optimum-intel asks for torchvision, which breaks a torch of another build; nothing here
+# needs it.
+bench-peers: ## the engines that bench.compare compares with
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=2 nice $(PEERS)/bin/python -m pip install --requirement bench/peers.txt
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(PEERS)/bin/python -m pip install --quiet --editable ".[bench]"
+	@echo "now: make bench-compare, or $(PEERS)/bin/python -m bench.compare --help"
+
+bench-compare: ## the comparison with those engines, into build/bench/results; ARGS= for its arguments
+	$(PEERS)/bin/python -m bench.compare $(ARGS)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -51,4 +66,4 @@ sanitize:
 		.venv-sanitize/bin/pytest
 
 clean:
-	rm -rf $(VENV) .venv-sanitize build dist *.egg-info pyengine/_native/*.so
+	rm -rf $(VENV) $(PEERS) .venv-sanitize build dist *.egg-info pyengine/_native/*.so

@@ -46,6 +46,13 @@
 #define PE_TARGET_END _Pragma("GCC pop_options")
 #endif
 
+/* A local array on cache lines: a vector that straddles two costs twice. */
+#if PE_MSVC
+#define PE_ALIGNED __declspec(align(64))
+#else
+#define PE_ALIGNED __attribute__((aligned(64)))
+#endif
+
 /* Makes the compiler believe that v has changed: for loops that only measure. */
 #if PE_MSVC
 #define PE_FORGET(v) ((void)(v))

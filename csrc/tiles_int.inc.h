@@ -37,7 +37,7 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP;
-    float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
+    PE_ALIGNED float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
         vf_store(sums + i * PE_LANES, vf_set(0.0f));
@@ -123,13 +123,13 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 {
     enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP / 2 * PE_LANES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
-    float sums[12 * 4 * PE_LANES];
+    PE_ALIGNED float sums[12 * 4 * PE_LANES];
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
         vf_store(sums + i * PE_LANES, vf_set(0.0f));
     for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
-        float part[12 * 4 * PE_LANES];
+        PE_ALIGNED float part[12 * 4 * PE_LANES];
         vf offset[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)

@@ -112,6 +112,17 @@ PE_TREE(vf_sum, _mm256_add_ps, _mm_add_ps, _mm_add_ss)
 PE_TREE(vf_hmax, _mm256_max_ps, _mm_max_ps, _mm_max_ss)
 PE_TREE(vf_hmin, _mm256_min_ps, _mm_min_ps, _mm_min_ss)
 
+/* As assembly, since gcc would copy each accumulator to and fro. */
+PE_INLINE void add_to(__m256i *acc, __m256i a)
+{
+#if PE_MSVC
+    *acc = _mm256_add_epi32(*acc, a);
+#else
+    __asm__("vpaddd %1, %0, %0" : "+x"(*acc) : "x"(a));
+#endif
+}
+#define PE_PIN(v) ((void)0)
+
 /* 4 values along k of 16 columns, split into even and odd k as 16-bit integers for vpmaddwd. */
 typedef struct { vi even, odd; } vq_w;
 typedef struct { __m256i even, odd; } vq_a;
@@ -157,49 +168,52 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 {
     __m256i l = _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even.l), _mm256_madd_epi16(a.odd, w.odd.l));
     __m256i h = _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even.h), _mm256_madd_epi16(a.odd, w.odd.h));
-    *acc = vi_add(*acc, (vi){l, h});
+    add_to(&acc->l, l);
+    add_to(&acc->h, h);
 }
 
-/* Half a panel at a time, so that many rows share what it costs to widen its weights; the activations are widened once for
- * all panels: even[r][i] and odd[r][i] are values 0, 2 and 1, 3 of quad i. */
+#define PE_Q8_ROWS_1 5
+#define PE_Q8_ROWS_2 1
+#define PE_Q8_ROWS_4 1
+#define PE_Q8_MANY 1
+
+/* Several rows are widened before they are multiplied, once for a group: an activation is then one load, and most of what a
+ * tile does is vpmaddwd and vpaddd. wide[r][0][i] is values 0 and 2 of quad i, wide[r][1][i] values 1 and 3. */
 #define PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
                         int64_t first, int64_t last, vi acc[12][4])
 {
-    int32_t even[12][PE_GROUP / 4], odd[12][PE_GROUP / 4];
-    for (int r = 0; r < rows; r++)
+    PE_ALIGNED int32_t wide[PE_Q8_ROWS_1][2][PE_GROUP / 4];
+    for (int r = 0; r < rows && rows > 1; r++)
         for (int i = 0; i < PE_GROUP / 4; i += 8) {
             const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * (first + i)));
-            _mm256_storeu_si256((__m256i *)(even[r] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
-            _mm256_storeu_si256((__m256i *)(odd[r] + i), _mm256_srli_epi16(a, 8));
+            _mm256_storeu_si256((__m256i *)(wide[r][0] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
+            _mm256_storeu_si256((__m256i *)(wide[r][1] + i), _mm256_srli_epi16(a, 8));
         }
     PE_UNROLL
-    for (int half = 0; half < 2 * panels; half++) {
-        const int8_t *from = quads + half / 2 * panel_stride + first * 4 * PE_LANES + half % 2 * 32;
-        __m256i sum[12];
+    for (int r = 0; r < rows; r++)
         PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            sum[r] = _mm256_setzero_si256();
-        for (int64_t i = 0; i < last - first; i++) {
-            const __m256i w = _mm256_loadu_si256((const __m256i *)(from + i * 4 * PE_LANES));
-            const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
+        for (int p = 0; p < panels; p++)
+            acc[r][p] = vi_set(0);
+    for (int64_t i = first; i < last; i++) {
+        vq_w column[4];
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vq_a value = rows == 1 ? vq_activations(q + 4 * i)
+                                         : (vq_a){_mm256_set1_epi32(wide[r][0][i - first]), _mm256_set1_epi32(wide[r][1][i - first])};
             PE_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const __m256i a = _mm256_madd_epi16(_mm256_set1_epi32(even[r][i]), w_even);
-                const __m256i b = _mm256_madd_epi16(_mm256_set1_epi32(odd[r][i]), w_odd);
-                sum[r] = _mm256_add_epi32(sum[r], _mm256_add_epi32(a, b));
-            }
+            for (int p = 0; p < panels; p++)
+                vq_dot(&acc[r][p], value, column[p]);
         }
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            *(half % 2 ? &acc[r][half / 2].h : &acc[r][half / 2].l) = sum[r];
     }
 }
 
-#define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 0
 
-/* Rows of a tile, by how many panels wide it is: two registers an accumulator, 16 registers in all; one in group_q8. */
+/* Rows of a tile, by how many panels wide it is: two registers an accumulator, 16 registers in all. */
 #define PE_F32_ROWS_1 6
 #define PE_F32_ROWS_2 3
 #define PE_F32_ROWS_4 1
@@ -208,10 +222,6 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
 #define PE_BF16_ROWS_2 1
 #define PE_BF16_ROWS_4 1
 #define PE_BF16_MANY 1
-#define PE_Q8_ROWS_1 8
-#define PE_Q8_ROWS_2 8
-#define PE_Q8_ROWS_4 4
-#define PE_Q8_MANY 2
 #define PE_Q4_ROWS_1 3
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1

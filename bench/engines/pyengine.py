@@ -1,0 +1,68 @@
+"""pyengine: this project, by the same `Executor.step` that its own generation calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.engines import Base, Floats, NotAvailable, Prompts, Run
+from pyengine import load
+from pyengine.errors import ArgumentError
+from pyengine.executor import Rows
+from pyengine.kv import Sequence
+
+
+class Engine(Base):
+    """A model of pyengine."""
+
+    packages = ("pyengine", "numpy")
+
+    def __init__(self, files: Path, variant: str, threads: int) -> None:
+        try:
+            self.executor = load(files, variant, threads).executor
+        except ArgumentError as error:
+            raise NotAvailable(str(error)) from error
+
+    def generate(self, prompts: Prompts, n_new: int) -> Run:
+        tokens: list[list[int]] = [[] for _ in prompts]
+        seconds = []
+        sequences = [self.executor.new_sequence() for _ in prompts]
+        start = time.perf_counter()
+        logits = self._prefill(sequences, [np.array(prompt, np.int32) for prompt in prompts])
+        for i in range(n_new):
+            if i:
+                rows = [Rows(s, np.array(t[-1:], np.int32)) for s, t in zip(sequences, tokens, strict=True)]
+                logits = self.executor.step(rows)
+            for new, best in zip(tokens, logits.argmax(1).tolist(), strict=True):
+                new.append(best)
+            seconds.append(time.perf_counter() - start)
+        for sequence in sequences:
+            sequence.close()
+        return Run(tokens, seconds)
+
+    def _prefill(self, sequences: list[Sequence], prompts: list[NDArray[np.int32]]) -> Floats:
+        """The logits after each prompt; as many prompts go into a step, whole or in part, as it takes rows."""
+        most = self.executor.max_rows
+        whole: list[Floats] = []
+        step: list[Rows] = []
+        room = most
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            for first in range(0, len(prompt), most):
+                part = prompt[first : first + most]
+                if len(part) > room:
+                    whole.append(self.executor.step(step))
+                    step, room = [], most
+                step.append(Rows(sequence, part, int(first + most >= len(prompt))))
+                room -= len(part)
+        whole.append(self.executor.step(step))
+        return np.concatenate(whole)
+
+    def logits(self, token_ids: SequenceOf[int]) -> Floats:
+        sequence = self.executor.new_sequence()
+        logits = self.executor.step([Rows(sequence, np.array(token_ids, np.int32), len(token_ids))])
+        sequence.close()
+        return logits

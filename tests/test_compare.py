@@ -1,0 +1,164 @@
+"""bench.compare without other engines: what the report says of given samples, and a worker with our own engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+
+pytest.importorskip("bench.report", reason="needs the checkout on the path: python -m pytest")
+
+from bench import check, compare, metrics, report
+from bench.contender import PROCESS_SAMPLES, Contender, Subject, Trouble, fitting
+from bench.metrics import METRICS, Metric
+from bench.remote import Remote
+from pyengine import model
+from pyengine.cost import cost
+
+if sys.platform == "win32" or getattr(sys.flags, "safe_path", False):
+    pytest.skip("a worker needs POSIX, and wouldn't find the checkout on a safe path", allow_module_level=True)
+
+
+def variant(engine: str, name: str, width: str, **samples: list[float | None]) -> dict[str, Any]:
+    """What results.json says of a variant."""
+    checks = {"tiny": {"logits": None, "regret": 0.0, "equal_texts": 9, "texts": 9}}
+    measured = {metric: {"samples": values} for metric, values in samples.items()}
+    found = {"engine": engine, "variant": name, "width": width, "status": "ok"}
+    return found | {"checks": checks, "metrics": measured}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Three rounds; in the second one the machine is half as fast."""
+    limits = {"bandwidth": 40e9, "peak_float32": 400e9, "peak_int8": 1600e9}
+    lines = {"float32": {"decode": 100.0}, "bfloat16": {"decode": None}, "int8": {"decode": 400.0}, "int4": {}}
+    slow = {width: {"decode": line["decode"] and line["decode"] / 2} if line else {} for width, line in lines.items()}
+    return {
+        "machine": {"cpu": "a CPU", "cpus": 2, "system": "a system", "python": "3.10", "date": "today"},
+        "model": {"name": "tiny", "type": "gpt2", "parameters": 1e6},
+        "threads": 2,
+        "metrics": {"decode": "decode", "load": "load"},
+        "limits": [limits] * 3,
+        "rooflines": [lines, slow, lines],
+        "variants": [
+            variant("pyengine", "float32", "float32", decode=[90.0, 45.0, 80.0], load=[2.0, 4.0, 2.0]),
+            variant("pyengine", "int8", "int8", decode=[300.0, 150.0, 310.0], load=[1.0, 2.0, 1.0]),
+            variant("other", "F32", "float32", decode=[60.0, 30.0, 80.0], load=[3.0, 6.0, 1.0]),
+            variant("other", "Q4", "int4", decode=[200.0, None, 155.0], load=[1.0, 1.0, 1.0]),
+            variant("broken", "F32", "float32") | {"status": "failed", "reason": "no"},
+        ],
+    }
+
+
+def test_report_has_medians_and_ratios_within_rounds(results: dict[str, Any]) -> None:
+    ours, int8, other, int4 = report.rows(results, "decode")
+    assert (ours.median, ours.least, ours.most, ours.ratio) == (80.0, 45.0, 90.0, None)
+    assert ours.share == pytest.approx(0.9)  # of each round's own limit: 0.9, 0.9, 0.8
+    assert int8.share == pytest.approx(0.75)
+    assert (other.median, other.ratio, other.ratio_to) == (60.0, pytest.approx(1.5), "float32")  # 1.5, 1.5, 1
+    assert (int4.ratio, int4.ratio_to, int4.share) == (pytest.approx(1.75), "int8", None)  # 1.5 and 2; no int4 of ours
+
+
+def test_less_is_better_for_loading(results: dict[str, Any]) -> None:
+    _, _, other, int4 = report.rows(results, "load")
+    assert other.ratio == pytest.approx(1.5)  # 1.5, 1.5, 0.5
+    assert int4.ratio == pytest.approx(1.0)
+
+
+def test_report_is_written(results: dict[str, Any], tmp_path: Path) -> None:
+    report.write(results, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    text = (tmp_path / "results.md").read_text()
+    assert "| other F32 | 60 (30\N{EN DASH}80) | 1.50 \N{MULTIPLICATION SIGN} | 60% |" in text
+    assert "1.75 \N{MULTIPLICATION SIGN} (int8)" in text
+    assert "broken F32: failed: no" in text
+
+
+def test_a_check_that_can_fail() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((20, 1000)).astype(np.float32)
+    noise = rng.standard_normal(expected.shape).astype(np.float32)
+    good = check.difference(expected + np.float32(0.02) * noise + 3, expected)  # + 3 changes no probability
+    assert good["relative"] == pytest.approx(0.02, rel=0.1)
+    assert good["same_top"] > 0.8 and 0 < good["divergence"] < 1e-3
+    chosen = expected.argmax(-1).tolist()[:-1]
+    assert check.regret(expected, chosen[-8:]) == 0
+    assert check.regret(expected, rng.integers(0, 1000, 8).tolist()) == pytest.approx(1, abs=0.3)
+    assert check.verdict("int8", {"logits": good, "regret": 0.0}) is None
+    assert "logits" in str(check.verdict("float32", {"logits": good, "regret": 0.0}))
+    assert "logits" in str(check.verdict("int4", {"logits": check.difference(noise, expected), "regret": 0.0}))
+    assert "regret" in str(check.verdict("int4", {"logits": None, "regret": 0.2}))
+    assert check.verdict("int4", {"logits": None, "regret": float("nan")}) is not None
+
+
+def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> None:
+    plan = model.plan_of(write_checkpoint(tmp_path))
+    counted = cost(plan, "float32")
+    limits = {"bandwidth": counted.decode_bytes * 100.0, "peak_float32": 1e12, "peak_int8": 1e12}
+    one, many = Metric("", 1, 8, 4), Metric("", 8, 8, 4)
+    assert metrics.roofline(plan, "float32", one, limits) == pytest.approx(100)
+    assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(800)
+    limits["peak_float32"] = 400.0 * (counted.block_flops + counted.head_flops)
+    assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(400)
+    assert metrics.roofline(plan, "bfloat16", one, limits) is None  # its peak wasn't measured
+    prompt = metrics.roofline(plan, "float32", Metric("", 1, 8, 0), limits)
+    assert prompt == pytest.approx(limits["peak_float32"] / counted.block_flops)
+
+
+def test_a_metric_needs_a_context_that_is_long_enough(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    subject = Subject(folder, tmp_path, model.plan_of(folder))
+    assert fitting(Metric("", 1, 60, 4), [subject]) is subject
+    with pytest.raises(Trouble, match="needs 65 positions, the context has 64"):
+        fitting(Metric("", 1, 60, 5), [subject])
+    assert "decode" not in compare.rooflines({"bandwidth": 1.0}, [subject])["float32"]  # 112 positions
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_stands_still_unless_asked(tmp_path: Path) -> None:
+    remote = Remote("pyengine", "float32", 1, tmp_path / "log")
+    status = Path(f"/proc/{remote.process.pid}/stat")
+    try:
+        assert remote.ask("memory")["bytes"] > 1e6
+        for _ in range(1000):  # the system takes a moment
+            if status.read_text().rpartition(")")[2].split()[0] == "T":
+                break
+            time.sleep(0.001)
+        else:
+            pytest.fail("it isn't stopped")
+    finally:
+        remote.close()
+
+
+def test_worker_measures_and_checks_our_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    subject = Subject(folder, tmp_path / "work", model.plan_of(folder))
+    reference = Remote("pyengine", "float32", 1, tmp_path / "reference.log")
+    assert reference.ask("load", files=str(folder), threads=1)["seconds"] > 0
+    contender = Contender("pyengine", "int8", 1, tmp_path)
+    try:
+        contender.prepare(subject, reference)
+        assert contender.ok, contender.found
+        agreement = contender.found["checks"]["tiny"]
+        assert 0 < agreement["logits"]["relative"] < 0.1
+        contender.measure(["decode_900"], [subject], 1)
+        with monkeypatch.context() as patched:
+            patched.setitem(METRICS, "short", Metric("short", 3, 8, 4))
+            contender.measure(["short", "memory"], [subject], 1)
+        assert "nothing there" in reference.ask("load", files=str(tmp_path / "no"), threads=1)["error"]
+    finally:
+        reference.close()
+        contender.close()
+    decode = contender.found["metrics"]["decode_900"]
+    assert decode["samples"] == [None] and "needs 932 positions" in decode["skipped"]
+    (rate,) = contender.found["metrics"]["short"]["samples"]
+    assert 10 < rate < 1e7
+    samples = {name: contender.found["metrics"][name]["samples"] for name in PROCESS_SAMPLES}
+    assert 0 < samples["load"][0] < samples["load_with_import"][0]
+    assert 1e6 < samples["memory_after_import"][0] <= samples["memory"][0]
