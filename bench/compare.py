@@ -147,7 +147,7 @@ def rooflines(limits: dict[str, Any], subjects: list[Subject]) -> dict[str, dict
 
 def describe(subject: Subject) -> dict[str, Any]:
     """The model, for the report."""
-    counted = cost(subject.plan, "float32")
+    counted = cost(subject.plan, "float32", "float32")
     return {
         "name": subject.folder.name,
         "type": subject.plan.model_type,

@@ -74,7 +74,7 @@ def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) 
     Counted are the weights, read once a step, and the products with them, those of the blocks alone in a prompt, as
     in `pyengine bench`; neither keys and values nor anything else.
     """
-    exact = cost(plan, "float32")
+    exact = cost(plan, "float32", "float32")
     peak = limits.get("peak_" + {"int4": "int8"}.get(width, width))
     bandwidth = limits["bandwidth"]
     if peak is None:
@@ -88,6 +88,6 @@ def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) 
 def decode_bytes(plan: Plan, width: str) -> float:
     """Bytes of weights that a step reads: as our packed form has them, else by the bits of a weight."""
     if width in matmul.DTYPES:
-        return cost(plan, width).decode_bytes
+        return cost(plan, width, "float32").decode_bytes
     # 4 bits and a 16-bit scale for 32 of them, the common form; bfloat16 has no scales.
-    return math.ceil(cost(plan, "float32").decode_bytes * {"bfloat16": 16, "int8": 8, "int4": 4.5}[width] / 32)
+    return math.ceil(cost(plan, "float32", "float32").decode_bytes * {"bfloat16": 16, "int8": 8, "int4": 4.5}[width] / 32)

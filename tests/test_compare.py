@@ -99,7 +99,7 @@ def test_a_check_that_can_fail() -> None:
 
 def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> None:
     plan = model.plan_of(write_checkpoint(tmp_path))
-    counted = cost(plan, "float32")
+    counted = cost(plan, "float32", "float32")
     limits = {"bandwidth": counted.decode_bytes * 100.0, "peak_float32": 1e12, "peak_int8": 1e12}
     one, many = Metric("", 1, 8, 4), Metric("", 8, 8, 4)
     assert metrics.roofline(plan, "float32", one, limits) == pytest.approx(100)

@@ -27,8 +27,6 @@ cdef struct Attention:
 
 cdef int64_t page_bytes(const PageLayout *layout) noexcept nogil
 cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil
-cdef void store_kv(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
-                   int64_t n_segment, float *scratch) noexcept nogil
 cdef void attend(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
                  int64_t n_segment, float *scratch, float *out, int64_t out_stride) noexcept nogil
 

@@ -68,11 +68,11 @@ cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil:
 
 
 cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first,
-                     int64_t n, float *scratch) noexcept nogil:
-    """Appends the keys and values of n rows of a segment, from position `first` on, which lie in one tile."""
+                     int64_t n, int64_t head, int64_t n_head, float *scratch) noexcept nogil:
+    """Appends the keys and values of n_head kv heads of n rows of a segment, from position `first` on, which lie in one tile."""
     cdef const pe_kernels *simd = kernels()
     cdef int64_t d = a.layout.head_dim, width = a.layout.value_width, slot = first % PE_PAGE, h, r
-    cdef const float *k = qkv + (segment.row + first - segment.position) * stride + a.n_head * d
+    cdef const float *k = qkv + (segment.row + first - segment.position) * stride + (a.n_head + head) * d
     cdef const float *v = k + a.layout.n_kv_head * d
     cdef uint16_t *k_bf16 = <uint16_t *>scratch  # [TILE, value_width]
     cdef uint16_t *v_bf16 = k_bf16 + TILE * width
@@ -80,7 +80,7 @@ cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const
     cdef int8_t *v_q8 = k_q8 + TILE * width
     cdef char *keys
     cdef float *scales
-    for h in range(a.layout.n_kv_head):
+    for h in range(head, head + n_head):
         keys = keys_of(a, segment.pages[first // PE_PAGE], h)
         if a.layout.dtype == KV_FLOAT32:
             place(&a.layout, <float *>keys, slot, k, v, stride, n)
@@ -130,7 +130,7 @@ cdef void store_kv(Worker *worker, const Attention *attention, const float *qkv,
             before += n_tile_of(&segments[s])
             s += 1
         bounds(&segments[s], unit - before, &first, &last)
-        store_rows(attention, qkv, stride, &segments[s], first, last - first + 1, scratch)
+        store_rows(attention, qkv, stride, &segments[s], first, last - first + 1, 0, attention.layout.n_kv_head, scratch)
         unit = claim(worker, n_unit)
     sync(worker, n_unit)
 
@@ -146,10 +146,22 @@ cdef inline void bounds(const Segment *segment, int64_t tile, int64_t *first, in
     last[0] = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE) - 1
 
 
+cdef bint each_stores_its_own(const Attention *attention, const Segment *segments, int64_t n_segment) noexcept nogil:
+    """Whether each unit of `attend` can append the key and value that nobody else reads in this step: in decoding."""
+    cdef int64_t s
+    for s in range(n_segment):
+        if segments[s].n_row > 1:
+            return False
+    return attention.n_head == attention.layout.n_kv_head
+
+
 cdef void attend(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
                  int64_t n_segment, float *scratch, float *out, int64_t out_stride) noexcept nogil:
-    """One phase: attention, once all keys and values are stored. A unit is a tile of queries and a head."""
+    """One or two phases: appends keys and values, then attention. A unit is a tile of queries and a head."""
     cdef int64_t n_unit = 0, unit, s, before = 0, n, tile, head
+    cdef bint storing = each_stores_its_own(attention, segments, n_segment)
+    if not storing:
+        store_kv(worker, attention, qkv, stride, segments, n_segment, scratch)
     for s in range(n_segment):
         n_unit += n_tile_of(&segments[s]) * attention.n_head
     s = 0
@@ -163,6 +175,8 @@ cdef void attend(Worker *worker, const Attention *attention, const float *qkv, i
         # The last tiles of a prompt have the most keys: they go first, so that no thread ends with one.
         tile = n - 1 - (unit - before) // attention.n_head
         head = (unit - before) % attention.n_head
+        if storing:
+            store_rows(attention, qkv, stride, &segments[s], segments[s].position, 1, head, 1, scratch)
         attend_tile(attention, qkv, stride, &segments[s], tile, head, scratch, out, out_stride)
         unit = claim(worker, n_unit)
     sync(worker, n_unit)
@@ -297,7 +311,6 @@ cdef struct AttendTask:
 cdef void attend_body(void *context, Worker *worker) noexcept nogil:
     cdef AttendTask *task = <AttendTask *>context
     cdef float *scratch = task.scratch + worker.index * attention_scratch(&task.attention.layout)
-    store_kv(worker, &task.attention, task.qkv, task.stride, &task.segment, 1, scratch)
     attend(worker, &task.attention, task.qkv, task.stride, &task.segment, 1, scratch, task.out, task.out_stride)
 
 

@@ -12,7 +12,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from .activation cimport activation_of
-from .attention cimport Attention, KVLayout, Segment, attend, attention_scratch, store_kv
+from .attention cimport Attention, KVLayout, Segment, attend, attention_scratch
 from .kernels cimport PE_LANES, PE_PAGE, pe_activation, pe_output
 from .matmul cimport FLOAT32, Input, NarrowRows, PackedMatrix, linear, narrow_row, read_row
 from .memory cimport Block
@@ -51,12 +51,16 @@ cdef struct Op:
     int src, out, residual  # buffers; -1 for none
     bint on_picked  # runs on the rows whose logits are wanted, not on all
     bint narrow  # a Norm: its output is wanted in int8 or bfloat16; a Linear: its input isn't yet
+    bint own_rows  # nobody else wants what is narrowed: with few rows, each thread does it for itself, and nobody waits
     void *weight  # a PackedMatrix
     const float *gain  # a norm's gain, or the table of positions
     const float *bias
     float eps
     pe_activation activation
     Attention attention
+
+cdef enum:
+    OWN_ROWS = 2  # so few rows that each thread narrows them for itself
 
 # One step: what the threads share.
 cdef struct Step:
@@ -115,8 +119,8 @@ cdef class Engine:
             if self.buffers[i].stride // PE_LANES % 2 == 0:
                 self.buffers[i].stride += PE_LANES  # rows at powers of 2 would share a few sets of the cache
             self.blocks.append(None)
-        cdef int64_t thread_floats = (attention_scratch(&layout.layout) + PE_LANES - 1) // PE_LANES * PE_LANES
-        self.scratch = Block(n_threads * thread_floats * sizeof(float), "scratch for attention")
+        cdef int64_t thread_floats = (max(attention_scratch(&layout.layout), *widths) + PE_LANES - 1) // PE_LANES * PE_LANES
+        self.scratch = Block(n_threads * thread_floats * sizeof(float), "scratch of threads")
 
     def __dealloc__(self):
         free(self.buffers)
@@ -196,6 +200,23 @@ cdef class Engine:
         self._add(PICK_ROWS, src, out)
         self.picking = True
 
+    cdef void _find_own_rows(self) noexcept:
+        """Narrowed rows are a thread's own where one Linear alone reads them."""
+        cdef int i, j
+        cdef Op *op
+        for i in range(self.n_op):
+            op = &self.ops[i]
+            if op.kind == LINEAR and op.narrow:
+                op.own_rows = True
+            elif op.kind == NORM and op.narrow:
+                op.own_rows = True
+                for j in range(i + 2, self.n_op):
+                    if self.ops[j].src == op.out or self.ops[j].residual == op.out:
+                        op.own_rows = False
+                    if self.ops[j].out == op.out:
+                        break
+                self.ops[i + 1].own_rows = op.own_rows
+
     def _reserve(self, int64_t n_row, int64_t n_picked):
         """Makes room for so many rows in every buffer."""
         if n_row <= self.capacity and n_picked <= self.picked_capacity:
@@ -213,7 +234,8 @@ cdef class Engine:
                 self.blocks[i] = block
                 buffer.data = <float *>block.data
         if self.max_width:
-            self.narrow = NarrowRows(max(n_row, n_picked), self.max_width, self.input)
+            self.narrow = NarrowRows(max(n_row, n_picked, OWN_ROWS * self.n_threads), self.max_width, self.input)
+            self._find_own_rows()
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
     def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
@@ -298,11 +320,14 @@ cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nog
     elif op.kind == LINEAR:
         product(engine, op, src, out, n_row, worker)
     elif op.kind == ATTEND:
-        scratch = <float *>engine.scratch.data + worker.index * (engine.scratch.nbytes // sizeof(float) // engine.n_threads)
-        store_kv(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch)
+        scratch = scratch_of(engine, worker)
         attend(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch, out.data, out.stride)
     elif op.kind == PICK_ROWS:
         pick_rows(src, out, step, worker)
+
+
+cdef inline float *scratch_of(Engine engine, Worker *worker) noexcept nogil:
+    return <float *>engine.scratch.data + worker.index * (engine.scratch.nbytes // sizeof(float) // engine.n_threads)
 
 
 cdef void embed(Op *op, Buffer *out, Step *step, Worker *worker) noexcept nogil:
@@ -321,7 +346,15 @@ cdef void embed(Op *op, Buffer *out, Step *step, Worker *worker) noexcept nogil:
 
 
 cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
-    cdef int64_t row = claim(worker, n_row)
+    cdef int64_t row
+    cdef float *own
+    if op.own_rows and n_row <= OWN_ROWS:
+        own = scratch_of(engine, worker)
+        for row in range(n_row):
+            kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, own)
+            narrow_row(own, out.width, engine.narrow, worker.index * OWN_ROWS + row)
+        return
+    row = claim(worker, n_row)
     while row >= 0:
         kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, out.data + row * out.stride)
         if op.narrow:
@@ -331,9 +364,14 @@ cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, W
 
 
 cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
-    cdef int64_t row
+    cdef int64_t row, first_narrow = 0
     cdef pe_output to
-    if op.narrow:
+    # A thread that is late may narrow rows that are written anew meanwhile; then no unit of its product is left for it.
+    if op.own_rows and n_row <= OWN_ROWS:
+        first_narrow = worker.index * OWN_ROWS
+        for row in range(n_row if op.narrow else 0):
+            narrow_row(src.data + row * src.stride, src.width, engine.narrow, first_narrow + row)
+    elif op.narrow:
         row = claim(worker, n_row)
         while row >= 0:
             narrow_row(src.data + row * src.stride, src.width, engine.narrow, row)
@@ -343,7 +381,7 @@ cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row
     to.bias, to.out, to.out_stride = op.bias, out.data, out.stride
     if op.residual >= 0:
         to.residual, to.residual_stride = engine.buffers[op.residual].data, engine.buffers[op.residual].stride
-    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, engine.narrow, n_row, &to, op.activation)
+    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, engine.narrow, first_narrow, n_row, &to, op.activation)
 
 
 cdef void pick_rows(Buffer *src, Buffer *out, Step *step, Worker *worker) noexcept nogil:

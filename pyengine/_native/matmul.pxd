@@ -37,5 +37,5 @@ cdef class NarrowRows:
 # Row n as float32: a token's embedding.
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil
 cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil
-cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t n_row,
-                 const pe_output *out, pe_activation activation) noexcept nogil
+cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow,
+                 int64_t first_narrow, int64_t n_row, const pe_output *out, pe_activation activation) noexcept nogil

@@ -20,12 +20,13 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 TENSOR_DTYPES = {"F32": (PE_F32, 4), "F16": (PE_F16, 2), "BF16": (PE_BF16, 2)}
 
 # A unit of work: so many columns of all rows, or of a block of rows where there are many. With few rows a product is cut into
-# some units a thread, at least 4 panels each: taking a unit costs what a core takes to hear from another.
+# some units a thread, of at least 4 panels and UNIT_BYTES: taking a unit costs what a core takes to hear from another.
 cdef enum:
     FEW_ROWS = 48
     BLOCK_ROWS = 96
     BLOCK_PANELS = 8
     UNITS_PER_THREAD = 8
+    UNIT_BYTES = 32768
     TILE_PANELS = 4
 
 
@@ -249,34 +250,40 @@ cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) no
                               <int32_t *>rows.q8.zero + group)
 
 
-cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t row, int64_t n_row,
-                        int64_t panel, int64_t n_panel, const pe_output *out) noexcept nogil:
+cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t first_narrow,
+                        int64_t row, int64_t n_row, int64_t panel, int64_t n_panel, const pe_output *out) noexcept nogil:
     """Some panels of some rows, from `row` on; `out` starts there."""
     cdef const pe_kernels *simd = kernels()
     cdef pe_rows_q8 q8
+    cdef int64_t narrow_row = first_narrow + row
     if weight.input == INT8:
         q8.stride = narrow.q8.stride
-        q8.q = narrow.q8.q + row * q8.stride
-        q8.scale = narrow.q8.scale + row * (q8.stride // PE_GROUP)
-        q8.zero = narrow.q8.zero + row * (q8.stride // PE_GROUP)
+        q8.q = narrow.q8.q + narrow_row * q8.stride
+        q8.scale = narrow.q8.scale + narrow_row * (q8.stride // PE_GROUP)
+        q8.zero = narrow.q8.zero + narrow_row * (q8.stride // PE_GROUP)
     if weight.format == F32:
         simd.matmul_f32(x + row * x_stride, x_stride, n_row, &weight.f32, panel, n_panel, out)
     elif weight.format == BF16:
-        simd.matmul_bf16(narrow.bf16 + row * narrow.q8.stride, narrow.q8.stride, n_row, &weight.bf16, panel, n_panel, out)
+        simd.matmul_bf16(narrow.bf16 + narrow_row * narrow.q8.stride, narrow.q8.stride, n_row, &weight.bf16, panel, n_panel, out)
     elif weight.format == Q8:
         simd.matmul_q8(&q8, n_row, &weight.q8, panel, n_panel, out)
     else:
         simd.matmul_q4(&q8, n_row, &weight.q4, panel, n_panel, out)
 
 
-cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t n_row,
-                 const pe_output *out, pe_activation activation) noexcept nogil:
-    """One phase: out = activation(x W^T + bias) + residual. `narrow` is x as weight.input wants it."""
+cdef int64_t few_row_panels(PackedMatrix weight, int64_t n_panel, int64_t n_threads) noexcept nogil:
+    """Panels of a unit where there are few rows."""
+    cdef int64_t panels = max(n_panel // (UNITS_PER_THREAD * n_threads), UNIT_BYTES * n_panel // <int64_t>weight.panels.nbytes)
+    return max(min(panels, n_panel // n_threads) // TILE_PANELS, <int64_t>1) * TILE_PANELS
+
+
+cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow,
+                 int64_t first_narrow, int64_t n_row, const pe_output *out, pe_activation activation) noexcept nogil:
+    """One phase: out = activation(x W^T + bias) + residual. `narrow` is x as weight.input wants it, from row first_narrow on."""
     cdef const pe_kernels *simd = kernels()
     cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
     cdef int64_t block_rows = n_row if n_row <= FEW_ROWS else BLOCK_ROWS
-    cdef int64_t share = n_panel // (UNITS_PER_THREAD * worker.n_threads) // TILE_PANELS * TILE_PANELS
-    cdef int64_t block_panels = max(<int64_t>TILE_PANELS, share) if n_row <= FEW_ROWS else BLOCK_PANELS
+    cdef int64_t block_panels = few_row_panels(weight, n_panel, worker.n_threads) if n_row <= FEW_ROWS else BLOCK_PANELS
     cdef int64_t row_blocks = (n_row + block_rows - 1) // block_rows
     cdef int64_t n_unit = row_blocks * ((n_panel + block_panels - 1) // block_panels)
     cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
@@ -289,7 +296,7 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
         to.out = out.out + row * out.out_stride
         if out.residual != NULL:
             to.residual = out.residual + row * out.residual_stride
-        block_product(weight, x, x_stride, narrow, row, rows, panel, panels, &to)
+        block_product(weight, x, x_stride, narrow, first_narrow, row, rows, panel, panels, &to)
         if activation != PE_ACT_NONE:
             for r in range(rows):
                 simd.activate(activation, to.out + r * out.out_stride + panel * PE_LANES, panels * PE_LANES)
@@ -318,7 +325,7 @@ cdef void matmul_share(PackedMatrix weight, NarrowRows narrow, MatmulTask *task,
             narrow_row(task.x + row * weight.n_in, weight.n_in, narrow, row)
             row = claim(worker, task.n_row)
         sync(worker, task.n_row)
-    linear(worker, weight, task.x, weight.n_in, narrow, task.n_row, &task.out, PE_ACT_NONE)
+    linear(worker, weight, task.x, weight.n_in, narrow, 0, task.n_row, &task.out, PE_ACT_NONE)
 
 
 def matmul(const float[:, ::1] x, PackedMatrix weight, int threads=1):
