@@ -60,12 +60,30 @@
 #define PE_FORGET(v) __asm__ volatile("" : "+m"(v))
 #endif
 
-/* Fetches the cache line of p, to be written. */
+/* Fetches the cache line of p, to be written, or to be read. PE_AHEAD: bytes between a read of weights and what is fetched. */
+#define PE_AHEAD 4096
 #if PE_MSVC
 #define PE_PREFETCH_WRITE(p) ((void)0)
+#define PE_PREFETCH(p) ((void)(p))
 #else
 #define PE_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
+#define PE_PREFETCH(p) __builtin_prefetch(p)
 #endif
+
+/* With so few rows, products wait for the weights. One panel after the other is one stream from memory, which comes faster than
+ * four. Floats stay with four panels: a single panel's sums, which must go on in order, would wait for each other. */
+#define PE_Q8_STREAM 2
+#define PE_Q4_STREAM 2
+#define PE_F32_STREAM 0
+#define PE_BF16_STREAM 0
+
+/* The weights at p, having asked for those that are PE_AHEAD bytes on. */
+PE_INLINE const void *streamed(int rows, int most_rows, const void *p)
+{
+    if (rows <= most_rows)
+        PE_PREFETCH((const char *)p + PE_AHEAD);
+    return p;
+}
 
 /* Four bytes as they lie, from any address. */
 PE_INLINE int32_t pe_load_i32(const void *p)

@@ -20,7 +20,7 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
+            column[p] = vq_weights(streamed(rows, PE_Q8_STREAM, quads + p * panel_stride + i * 4 * PE_LANES));
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vq_a value = vq_activations(q + r * stride + 4 * i);
@@ -96,7 +96,7 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w low[4], high[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
+            vq_nibbles(streamed(rows, PE_Q4_STREAM, nibbles + p * panel_stride + i * 4 * PE_LANES), pe_q4_codebook, &low[p], &high[p]);
             vq_sum(&column_sum[p], low[p]);
             vq_sum(&column_sum[p], high[p]);
         }

@@ -199,7 +199,7 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
+            column[p] = vq_weights(streamed(rows, PE_Q8_STREAM, quads + p * panel_stride + i * 4 * PE_LANES));
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vq_a value = rows == 1 ? vq_activations(q + 4 * i)
