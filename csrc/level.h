@@ -72,16 +72,16 @@
 
 /* With so few rows, products wait for the weights. One panel after the other is one stream from memory, which comes faster than
  * four. Floats stay with four panels: a single panel's sums, which must go on in order, would wait for each other. */
-#define PE_Q8_STREAM 2
-#define PE_Q4_STREAM 2
+#define PE_Q8_STREAM 12
+#define PE_Q4_STREAM 12
 #define PE_F32_STREAM 0
 #define PE_BF16_STREAM 0
 
-/* The weights at p, having asked for those that are PE_AHEAD bytes on. */
-PE_INLINE const void *streamed(int rows, int most_rows, const void *p)
+/* The weights at p, having asked for those that are `ahead` bytes on: processors alone fetch too little ahead of a tile that
+ * computes. */
+PE_INLINE const void *streamed(int64_t ahead, const void *p)
 {
-    if (rows <= most_rows)
-        PE_PREFETCH((const char *)p + PE_AHEAD);
+    PE_PREFETCH((const char *)p + ahead);
     return p;
 }
 

@@ -11,7 +11,10 @@ PE_INLINE rows_f32 f32_from(const rows_f32 *x, int64_t row)
     return (rows_f32){x->x + row * x->stride, x->decay ? x->decay + row : 0, x->stride, x->k};
 }
 
-PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out)
+PE_INLINE int64_t f32_panel_bytes(const pe_weights_f32 *w) { return w->k * PE_LANES * (int64_t)sizeof(float); }
+
+PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
+                        int64_t ahead)
 {
     const float *from = w->panels + panel * w->k * PE_LANES;
     vf acc[12][4];
@@ -29,7 +32,7 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
         vf column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vf_load(from + (p * w->k + i) * PE_LANES);
+            column[p] = vf_load(rows > 2 ? streamed(ahead, from + (p * w->k + i) * PE_LANES) : from + (p * w->k + i) * PE_LANES);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vf value = vf_set(x->x[r * x->stride + i]);
@@ -87,8 +90,10 @@ PE_INLINE vb vb_activations(const uint16_t *p) { return vb_split(vi_set(pe_load_
 PE_INLINE void vb_dot(vf *acc, vb a, vb w) { *acc = vf_mad(a.even, w.even, vf_mad(a.odd, w.odd, *acc)); }
 #endif
 
+PE_INLINE int64_t bf16_panel_bytes(const pe_weights_bf16 *w) { return (w->k + 1) / 2 * 4 * PE_LANES; }
+
 PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weights_bf16 *w, int64_t panel,
-                         const pe_output *out)
+                         const pe_output *out, int64_t ahead)
 {
     const int64_t n_pair = (w->k + 1) / 2;
     const uint16_t *from = w->panels + panel * n_pair * 2 * PE_LANES;
@@ -103,7 +108,8 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
         vb column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vb_weights(from + (p * n_pair + i) * 2 * PE_LANES);
+            column[p] = vb_weights(rows > 2 ? streamed(ahead, from + (p * n_pair + i) * 2 * PE_LANES)
+                                            : from + (p * n_pair + i) * 2 * PE_LANES);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vb value = vb_activations(x->x + r * x->stride + 2 * i);

@@ -9,7 +9,7 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
 /* One group of int8 weights: acc[r][p] = the sum of q * w over the values of quads first..last - 1, exact. */
 #ifndef PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t first, int64_t last, vi acc[12][4])
+                        int64_t first, int64_t last, int64_t ahead, vi acc[12][4])
 {
     PE_UNROLL
     for (int r = 0; r < rows; r++)
@@ -20,7 +20,7 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(streamed(rows, PE_Q8_STREAM, quads + p * panel_stride + i * 4 * PE_LANES));
+            column[p] = vq_weights(streamed(ahead, quads + p * panel_stride + i * 4 * PE_LANES));
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vq_a value = vq_activations(q + r * stride + 4 * i);
@@ -32,8 +32,10 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
 }
 #endif
 
+PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
+
 PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
-                       const pe_output *out)
+                       const pe_output *out, int64_t ahead)
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP;
@@ -46,7 +48,7 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
         vi acc[12][4];
         group_q8(rows, panels, x->q, x->stride, w->panels + panel * n_quad * 4 * PE_LANES, n_quad * 4 * PE_LANES, first, last,
-                 acc);
+                 ahead, acc);
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             const vi column_sum = vi_load_s16(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
@@ -82,7 +84,7 @@ static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
 
 /* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum. */
 PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, const uint8_t *nibbles, int64_t panel_stride,
-                        vi acc[12][4], vi column_sum[4])
+                        int64_t ahead, vi acc[12][4], vi column_sum[4])
 {
     enum { OCTETS = PE_Q4_GROUP / 8 };
     PE_UNROLL
@@ -96,7 +98,7 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w low[4], high[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            vq_nibbles(streamed(rows, PE_Q4_STREAM, nibbles + p * panel_stride + i * 4 * PE_LANES), pe_q4_codebook, &low[p], &high[p]);
+            vq_nibbles(streamed(ahead, nibbles + p * panel_stride + i * 4 * PE_LANES), pe_q4_codebook, &low[p], &high[p]);
             vq_sum(&column_sum[p], low[p]);
             vq_sum(&column_sum[p], high[p]);
         }
@@ -118,10 +120,17 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
                 acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q8_ORIGIN), column_sum[p]));
 }
 
-PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
-                       const pe_output *out)
+enum { PE_Q4_GROUP_BYTES = PE_Q4_GROUP / 2 * PE_LANES };
+
+PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
 {
-    enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP / 2 * PE_LANES };
+    return (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP_BYTES;
+}
+
+PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
+                       const pe_output *out, int64_t ahead)
+{
+    enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
     prefetch_tile(rows, panels, out);
@@ -139,7 +148,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
             group_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, w->panels + (panel * n_group + i) * BYTES,
-                     n_group * BYTES, acc, column_sum);
+                     n_group * BYTES, ahead, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
