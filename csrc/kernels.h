@@ -132,9 +132,9 @@ typedef struct pe_kernels {
     void (*accumulate_f32)(const float *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_f32 *w,
                            int64_t n_panel, const float *decay, float *out, int64_t out_stride);
 
-    /* One row of n floats to int8, group by group: scale = (max - min) / 255 over the group, but at least max |x| / 2^15 and
-     * 1e-30; zero = round(-min / scale), so |zero| <= 2^15; q = clamp(round(x / scale) + zero, 0, 255). The scale of a group
-     * with NaN or infinity is NaN. q is written in whole vectors. */
+    /* One row of n floats to int8, group by group: scale = (max - min) / 255 over the group, but at least max |x| / 32640 and
+     * 1e-30; zero = round(-min / scale), so |zero| <= 32640: 16 bits hold it; q = clamp(round(x / scale) + zero, 0, 255). The
+     * scale of a group with NaN or infinity is NaN. q is written in whole vectors. */
     void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero);
 
     /* n floats to bfloat16: to the nearest, ties to even; 0 where |x| < 2^-50. Infinity and NaN stay what they are. Written in

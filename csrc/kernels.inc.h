@@ -4,6 +4,7 @@
  * vf_load vf_store    any address; vf_load_part(p, n) the first n lanes, zeros behind; vf_store_part(p, a, n)
  * vf_set vi_set       one value in all lanes; vm_first(n) the first n lanes
  * vf_add sub mul div  lane by lane, correctly rounded; vi_add sub mul and or min max wrap
+ * vi_mul16            the product of a, which is in -2^15..2^15 - 1 in each lane, and one number of that range
  * vf_min vf_max       the second operand where either is NaN
  * vf_fma vf_fnma      a * b + c and c - a * b with one rounding, at every level
  * vf_mad              a * b + c, fused where the level has FMA: for long sums

@@ -22,7 +22,7 @@ PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scal
     const float min = vf_hmin(low), max = vf_hmax(high);
     const float largest = -min > max ? -min : max;
     float step = (max - min) * (1.0f / 255);
-    step = step > largest * (1.0f / 32768) ? step : largest * (1.0f / 32768); /* bounds the zero point */
+    step = step > largest * (1.0f / 32640) ? step : largest * (1.0f / 32640); /* bounds the zero point */
     step = step > 1e-30f ? step : 1e-30f;
     const vf inverse = vf_set(1.0f / step);
     const vi origin = vf_to_int(vf_mul(vf_set(-min), inverse));

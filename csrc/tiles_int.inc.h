@@ -6,16 +6,11 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
     return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->zero + group, x->stride};
 }
 
-/* One group of int8 weights: acc[r][p] = the sum of q * w over the values of quads first..last - 1, exact. */
+/* One group of int8 weights: acc[r][p] += the sum of q * w over the values of quads first..last - 1, exact. */
 #ifndef PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
                         int64_t first, int64_t last, int64_t ahead, vi acc[12][4])
 {
-    PE_UNROLL
-    for (int r = 0; r < rows; r++)
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            acc[r][p] = vi_set(0);
     for (int64_t i = first; i < last; i++) {
         vq_w column[4];
         PE_UNROLL
@@ -47,17 +42,22 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t first = g * (PE_GROUP / 4);
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
         vi acc[12][4];
-        group_q8(rows, panels, x->q, x->stride, w->panels + panel * n_quad * 4 * PE_LANES, n_quad * 4 * PE_LANES, first, last,
-                 ahead, acc);
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             const vi column_sum = vi_load_s16(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
             PE_UNROLL
-            for (int r = 0; r < rows; r++) {
+            for (int r = 0; r < rows; r++)
+                acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN - x->zero[r * x_groups + g]);
+        }
+        group_q8(rows, panels, x->q, x->stride, w->panels + panel * n_quad * 4 * PE_LANES, n_quad * 4 * PE_LANES, first, last,
+                 ahead, acc);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vf scale = vf_set(x->scale[r * x_groups + g]);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
                 float *sum = sums + (r * panels + p) * PE_LANES;
-                const vi offset = vi_mul(vi_set(PE_Q8_ORIGIN - x->zero[r * x_groups + g]), column_sum);
-                const vf scale = vf_set(x->scale[r * x_groups + g]);
-                vf_store(sum, vf_mad(scale, vi_to_float(vi_add(acc[r][p], offset)), vf_load(sum)));
+                vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
             }
         }
     }

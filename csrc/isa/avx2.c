@@ -61,6 +61,11 @@ PE_INLINE vi vi_set(int32_t a) { return (vi){_mm256_set1_epi32(a), _mm256_set1_e
 PE_INLINE vi vi_add(vi a, vi b) { return PE_BOTH(vi, _mm256_add_epi32, a, b); }
 PE_INLINE vi vi_sub(vi a, vi b) { return PE_BOTH(vi, _mm256_sub_epi32, a, b); }
 PE_INLINE vi vi_mul(vi a, vi b) { return PE_BOTH(vi, _mm256_mullo_epi32, a, b); }
+PE_INLINE vi vi_mul16(vi a, int32_t b)
+{
+    const __m256i low = _mm256_set1_epi32(b & 0xffff);
+    return (vi){_mm256_madd_epi16(a.l, low), _mm256_madd_epi16(a.h, low)};
+}
 PE_INLINE vi vi_and(vi a, vi b) { return PE_BOTH(vi, _mm256_and_si256, a, b); }
 PE_INLINE vi vi_or(vi a, vi b) { return PE_BOTH(vi, _mm256_or_si256, a, b); }
 PE_INLINE vi vi_min(vi a, vi b) { return PE_BOTH(vi, _mm256_min_epi32, a, b); }
@@ -190,11 +195,6 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
             _mm256_storeu_si256((__m256i *)(wide[r][0] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
             _mm256_storeu_si256((__m256i *)(wide[r][1] + i), _mm256_srli_epi16(a, 8));
         }
-    PE_UNROLL
-    for (int r = 0; r < rows; r++)
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            acc[r][p] = vi_set(0);
     for (int64_t i = first; i < last; i++) {
         vq_w column[4];
         PE_UNROLL

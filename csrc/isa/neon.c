@@ -83,6 +83,7 @@ PE_INLINE vf vi_to_float(vi x) { return PE_EACH(vf, vcvtq_f32_s32, x); }
 PE_INLINE vi vi_add(vi x, vi y) { return PE_BOTH(vi, vaddq_s32, x, y); }
 PE_INLINE vi vi_sub(vi x, vi y) { return PE_BOTH(vi, vsubq_s32, x, y); }
 PE_INLINE vi vi_mul(vi x, vi y) { return PE_BOTH(vi, vmulq_s32, x, y); }
+PE_INLINE vi vi_mul16(vi x, int32_t y) { return vi_mul(x, vi_set(y)); }
 PE_INLINE vi vi_and(vi x, vi y) { return PE_BOTH(vi, vandq_s32, x, y); }
 PE_INLINE vi vi_or(vi x, vi y) { return PE_BOTH(vi, vorrq_s32, x, y); }
 PE_INLINE vi vi_min(vi x, vi y) { return PE_BOTH(vi, vminq_s32, x, y); }

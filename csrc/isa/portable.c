@@ -100,6 +100,7 @@ PE_INLINE vi vi_set(int32_t a)
 PE_OP2(vi_add, vi, (int32_t)((uint32_t)a.x[i] + (uint32_t)b.x[i]))
 PE_OP2(vi_sub, vi, (int32_t)((uint32_t)a.x[i] - (uint32_t)b.x[i]))
 PE_OP2(vi_mul, vi, (int32_t)((uint32_t)a.x[i] * (uint32_t)b.x[i]))
+PE_INLINE vi vi_mul16(vi a, int32_t b) { return vi_mul(a, vi_set(b)); }
 PE_OP2(vi_and, vi, a.x[i] & b.x[i])
 PE_OP2(vi_or, vi, a.x[i] | b.x[i])
 PE_OP2(vi_min, vi, a.x[i] < b.x[i] ? a.x[i] : b.x[i])

@@ -27,6 +27,7 @@ ctypedef fused Number:  # what a page holds
     int8_t
 
 cdef enum:
+    UNITS_PER_THREAD = 16
     TILE = 16  # positions: queries that share a pass over the keys, and keys in a panel
     STATE = 2 * PE_LANES
 
@@ -157,29 +158,32 @@ cdef bint each_stores_its_own(const Attention *attention, const Segment *segment
 
 cdef void attend(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
                  int64_t n_segment, float *scratch, float *out, int64_t out_stride) noexcept nogil:
-    """One or two phases: appends keys and values, then attention. A unit is a tile of queries and a head."""
-    cdef int64_t n_unit = 0, unit, s, before = 0, n, tile, head
+    """One or two phases: appends keys and values, then attention. A unit is a tile of queries and some heads."""
+    cdef int64_t n_tile = 0, unit, s, before = 0, n, tile, head, n_head, parts
     cdef bint storing = each_stores_its_own(attention, segments, n_segment)
     if not storing:
         store_kv(worker, attention, qkv, stride, segments, n_segment, scratch)
     for s in range(n_segment):
-        n_unit += n_tile_of(&segments[s]) * attention.n_head
+        n_tile += n_tile_of(&segments[s])
+    n_head = min(max(n_tile * attention.n_head // (UNITS_PER_THREAD * worker.n_threads), <int64_t>1), attention.n_head)
+    parts = (attention.n_head + n_head - 1) // n_head  # units of a tile
     s = 0
-    unit = claim(worker, n_unit)
+    unit = claim(worker, n_tile * parts)
     while unit >= 0:
         n = n_tile_of(&segments[s])
-        while unit - before >= n * attention.n_head:
-            before += n * attention.n_head
+        while unit - before >= n * parts:
+            before += n * parts
             s += 1
             n = n_tile_of(&segments[s])
         # The last tiles of a prompt have the most keys: they go first, so that no thread ends with one.
-        tile = n - 1 - (unit - before) // attention.n_head
-        head = (unit - before) % attention.n_head
-        if storing:
-            store_rows(attention, qkv, stride, &segments[s], segments[s].position, 1, head, 1, scratch)
-        attend_tile(attention, qkv, stride, &segments[s], tile, head, scratch, out, out_stride)
-        unit = claim(worker, n_unit)
-    sync(worker, n_unit)
+        tile = n - 1 - (unit - before) // parts
+        head = (unit - before) % parts * n_head
+        for head in range(head, min(head + n_head, attention.n_head)):
+            if storing:
+                store_rows(attention, qkv, stride, &segments[s], segments[s].position, 1, head, 1, scratch)
+            attend_tile(attention, qkv, stride, &segments[s], tile, head, scratch, out, out_stride)
+        unit = claim(worker, n_tile * parts)
+    sync(worker, n_tile * parts)
 
 
 cdef const float *keys_in_float32(const PageLayout *layout, char *keys, int64_t n, float *scratch) noexcept nogil:
