@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from bench.engines import Run
-from pyengine._native import matmul
 from pyengine.cost import cost
 from pyengine.plan import Plan
 
@@ -86,8 +84,5 @@ def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) 
 
 
 def decode_bytes(plan: Plan, width: str) -> float:
-    """Bytes of weights that a step reads: as our packed form has them, else by the bits of a weight."""
-    if width in matmul.DTYPES:
-        return cost(plan, width, "float32").decode_bytes
-    # 4 bits and a 16-bit scale for 32 of them, the common form; bfloat16 has no scales.
-    return math.ceil(cost(plan, "float32", "float32").decode_bytes * {"bfloat16": 16, "int8": 8, "int4": 4.5}[width] / 32)
+    """Bytes of weights that a step reads, as our packed form has them."""
+    return cost(plan, width, "float32").decode_bytes
