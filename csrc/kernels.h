@@ -166,8 +166,8 @@ typedef struct pe_kernels {
     double (*exp_sum)(const float *x, int64_t n, float offset, float scale, float *y);
 
     /* The limits of the machine, for those who measure: n rounds of PE_SPIN multiply-adds of vectors that depend on nothing but
-     * their own accumulator, in float32, bfloat16 and int8; and one read of n bytes (a multiple of 256, 64-byte aligned). The results mean
-     * nothing. */
+     * their own accumulator, in float32, bfloat16 and int8; and one read of n bytes (a multiple of 256, 64-byte aligned). The
+     * results mean nothing. */
     float (*spin_f32)(int64_t n);
     float (*spin_bf16)(int64_t n);
     int32_t (*spin_q8)(int64_t n);

@@ -308,7 +308,7 @@ cdef void run_ops(Engine engine, Step *step, Worker *worker) noexcept nogil:
 
 
 cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nogil:
-    """This thread's share of an operation: one phase, or two."""
+    """This thread's share of an operation: one phase or two, or none where each thread does all of it for itself."""
     cdef Buffer *out = &engine.buffers[op.out]
     cdef Buffer *src = &engine.buffers[op.src] if op.src >= 0 else NULL
     cdef int64_t n_row = step.n_picked if op.on_picked else step.n_row
