@@ -80,12 +80,12 @@ typedef struct {
 #define PE_Q4_CODEBOOK {-127, -99, -78, -61, -46, -33, -22, -11, 0, 11, 22, 34, 47, 62, 81, 105}
 #define PE_Q4_ZERO 8
 
-/* int8 activations: x[row][k] = scale[row][group] * (q[row][k] - zero[row][group]), group = k / PE_GROUP.
- * Rows of q are `stride` bytes apart, `stride` a multiple of PE_GROUP; rows of scale and zero are stride / PE_GROUP apart. */
+/* int8 activations: x[row][k] = scale[row][group] * (q[row][k] + offset[row][group]), group = k / PE_GROUP: the offset is minus
+ * the zero point. Rows of q are `stride` bytes apart, a multiple of PE_GROUP; rows of scale and offset stride / PE_GROUP. */
 typedef struct {
     const uint8_t *q;
     const float *scale;
-    const int32_t *zero;
+    const int32_t *offset;
     int64_t stride;
 } pe_rows_q8;
 
@@ -111,7 +111,7 @@ typedef struct pe_kernels {
                        int64_t n_panel, const pe_output *out);
 
     /* The same with int8: integers are exact; groups are added by FMA in ascending order, accumulator = scale[row][group] *
-     * (sum over the group of (q - zero) * w) + accumulator, from 0; then product = accumulator * w.scale[n] + bias[n] (FMA). */
+     * (sum over the group of (q + offset) * w) + accumulator, from 0; then product = accumulator * w.scale[n] + bias[n] (FMA). */
     void (*matmul_q8)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out);
 
@@ -123,19 +123,24 @@ typedef struct pe_kernels {
 
     /* The same with int4: integers are exact; part = sum over the groups of weights in a group of activations of
      * w.scale * (sum of q * code's value), by FMA, ascending from 0; offset likewise, of the code's values alone; accumulator =
-     * x.scale * (part - zero * offset) + accumulator, two FMA; then product = accumulator + bias[n]. */
+     * x.scale * (part + x.offset * offset) + accumulator, two FMA; then product = accumulator + bias[n]. */
     void (*matmul_q4)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out);
 
     /* out[row][n] = decay[row] * out[row][n] + sum over k of x[row][k] W[n][k], k ascending, by FMA: attention's weighted sum of
-     * values, with w.k >= k keys in a panel (panels[n / 16][w.k][16]), of which the first k are used. */
-    void (*accumulate_f32)(const float *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_f32 *w,
+     * values, with w.k keys in a panel (panels[n / 16][w.k][16]), of which row r meets the first k + r * step; step is 0 or 1. */
+    void (*accumulate_f32)(const float *x, int64_t x_stride, int64_t n_row, int64_t k, int64_t step, const pe_weights_f32 *w,
                            int64_t n_panel, const float *decay, float *out, int64_t out_stride);
 
+    /* The same of bfloat16, with sums as in matmul_bf16. What decay leaves below 2^-80 counts as 0. With an odd k the pair's
+     * other value of x is 0, as is x for keys that a row doesn't see; their values are finite. */
+    void (*accumulate_bf16)(const uint16_t *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_bf16 *w,
+                            int64_t n_panel, const float *decay, float *out, int64_t out_stride);
+
     /* One row of n floats to int8, group by group: scale = (max - min) / 255 over the group, but at least max |x| / 32640 and
-     * 1e-30; zero = round(-min / scale), so |zero| <= 32640: 16 bits hold it; q = clamp(round(x / scale) + zero, 0, 255). The
-     * scale of a group with NaN or infinity is NaN. q is written in whole vectors. */
-    void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero);
+     * 1e-30; offset = -round(-min / scale), so |offset| <= 32640: 16 bits hold it; q = clamp(round(x / scale) - offset, 0, 255).
+     * The scale of a group with NaN or infinity is NaN. q is written in whole vectors. */
+    void (*quantize_q8)(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *offset);
 
     /* n floats to bfloat16: to the nearest, ties to even; 0 where |x| < 2^-50. Infinity and NaN stay what they are. Written in
      * whole vectors, zeros past n. */
@@ -188,8 +193,6 @@ typedef struct pe_kernels {
      * size at 1.05 or 0.95 times the lowest or the highest entry of the codebook; each time the scale that is best for the
      * nearest entries is found; the one of the four with the least squared error is refitted once more. */
     void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale);
-    /* n bfloat16 to float32, exactly. Read and written in whole vectors. */
-    void (*widen_bf16)(const uint16_t *x, int64_t n, float *y);
 
     /* n floats to int8 with one scale, which it returns: max |x| / 127, at least 1e-30; q = round(x / scale). The scale is NaN
      * where any of them is NaN or infinite. Written in whole vectors, zeros past n. */

@@ -4,7 +4,7 @@
  * vf_load vf_store    any address; vf_load_part(p, n) the first n lanes, zeros behind; vf_store_part(p, a, n)
  * vf_set vi_set       one value in all lanes; vm_first(n) the first n lanes
  * vf_add sub mul div  lane by lane, correctly rounded; vi_add sub mul and or min max wrap
- * vi_mul16            the product of a, which is in -2^15..2^15 - 1 in each lane, and one number of that range
+ * vi_words vi_mul16   16 int16, made ready; their products with one number of 16 bits
  * vf_min vf_max       the second operand where either is NaN
  * vf_fma vf_fnma      a * b + c and c - a * b with one rounding, at every level
  * vf_mad              a * b + c, fused where the level has FMA: for long sums
@@ -18,7 +18,8 @@
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
  * vq_sum(&acc, w)     acc += the sum of the 4 weights
- * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h)
+ * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
+ *                     vf_store_bf16 (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not
  * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
  *                     PE_Q8_ and PE_Q4_ likewise */

@@ -1,4 +1,4 @@
-/* Keys and values in int8, as KV pages store them, and back to float32; bfloat16 is in rows.inc.h. Included by kernels.inc.h. */
+/* Keys and values in int8, as KV pages store them, and back to float32. Included by kernels.inc.h. */
 
 static float narrow_q8(const float *x, int64_t n, int8_t *q)
 {

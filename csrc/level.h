@@ -60,6 +60,13 @@
 #define PE_FORGET(v) __asm__ volatile("" : "+m"(v))
 #endif
 
+/* Makes the compiler forget how a pointer came to be, so that it doesn't keep a copy for each offset. */
+#if PE_MSVC
+#define PE_HIDE(p) ((void)0)
+#else
+#define PE_HIDE(p) __asm__("" : "+r"(p))
+#endif
+
 /* Fetches the cache line of p, to be written, or to be read. PE_AHEAD: bytes between a read of weights and what is fetched. */
 #define PE_AHEAD 4096
 #if PE_MSVC
@@ -111,6 +118,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .matmul_bf16 = matmul_bf16,                                                                              \
             .matmul_q4 = matmul_q4,                                                                                  \
             .accumulate_f32 = accumulate_f32,                                                                        \
+            .accumulate_bf16 = accumulate_bf16,                                                                      \
             .quantize_q8 = quantize_q8,                                                                              \
             .narrow_bf16 = narrow_bf16,                                                                              \
             .layer_norm = layer_norm,                                                                                \
@@ -128,7 +136,6 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .pack_q8 = pack_q8,                                                                                      \
             .pack_bf16 = pack_bf16,                                                                                  \
             .pack_q4 = pack_q4,                                                                                      \
-            .widen_bf16 = widen_bf16,                                                                                \
             .narrow_q8 = narrow_q8,                                                                                  \
             .widen_keys_q8 = widen_keys_q8,                                                                          \
             .widen_values_q8 = widen_values_q8,                                                                      \

@@ -10,14 +10,15 @@ PE_INLINE vf load_or(const float *x, int64_t i, int64_t n, float fill)
 }
 
 /* A group of at most PE_GROUP floats. NaN and infinity make the scale NaN, so that they show in the result. */
-PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero)
+PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *offset)
 {
     vf low = vf_set(x[0]), high = low, sum = vf_set(0.0f);
+    PE_UNROLL
     for (int64_t i = 0; i < n; i += PE_LANES) {
         const vf v = load_or(x, i, n, x[0]);
         low = vf_min(low, v);
         high = vf_max(high, v);
-        sum = vf_add(sum, vf_mul(v, vf_set(0.0f)));
+        sum = vf_mad(v, vf_set(0.0f), sum);
     }
     const float min = vf_hmin(low), max = vf_hmax(high);
     const float largest = -min > max ? -min : max;
@@ -29,17 +30,21 @@ PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scal
     *scale = step + vf_sum(sum);
     int32_t lanes[PE_LANES];
     memcpy(lanes, &origin, sizeof lanes);
-    *zero = lanes[0];
+    *offset = -lanes[0];
+    PE_UNROLL
     for (int64_t i = 0; i < n; i += PE_LANES) {
         const vf v = load_or(x, i, n, 0.0f);
         vi_store_u8(q + i, vi_add(vf_to_int(vf_mul(v, inverse)), origin));
     }
 }
 
-static void quantize_q8(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *zero)
+static void quantize_q8(const float *x, int64_t n, uint8_t *q, float *scale, int32_t *offset)
 {
-    for (int64_t i = 0, g = 0; i < n; i += PE_GROUP, g++)
-        quantize_group(x + i, n - i < PE_GROUP ? n - i : PE_GROUP, q + i, scale + g, zero + g);
+    const int64_t whole = n / PE_GROUP;
+    for (int64_t g = 0; g < whole; g++)
+        quantize_group(x + g * PE_GROUP, PE_GROUP, q + g * PE_GROUP, scale + g, offset + g);
+    if (whole * PE_GROUP < n)
+        quantize_group(x + whole * PE_GROUP, n % PE_GROUP, q + whole * PE_GROUP, scale + whole, offset + whole);
 }
 
 /* Floats as bfloat16, in int16: to nearest, ties to even, 0 below 2^-50. Rounds by an addition that carries into the upper
@@ -56,16 +61,14 @@ PE_INLINE vi to_bf16(vf x)
 
 PE_INLINE vf from_bf16s(const uint16_t *p) { return vi_bits(vi_shl(vi_load_s16((const int16_t *)p), 16)); }
 
+#ifndef PE_BF16_DOT
+PE_INLINE void vf_store_bf16(uint16_t *p, vf a) { vi_store_s16((int16_t *)p, to_bf16(a)); }
+#endif
+
 static void narrow_bf16(const float *x, int64_t n, uint16_t *y)
 {
     for (int64_t i = 0; i < n; i += PE_LANES)
-        vi_store_s16((int16_t *)y + i, to_bf16(load_or(x, i, n, 0.0f)));
-}
-
-static void widen_bf16(const uint16_t *x, int64_t n, float *y)
-{
-    for (int64_t i = 0; i < n; i += PE_LANES)
-        vf_store(y + i, from_bf16s(x + i));
+        vf_store_bf16(y + i, load_or(x, i, n, 0.0f));
 }
 
 /* The mean of d^2 is taken about a rounded mean; `shift`, the mean of d, corrects both. So a row far from 0 loses nothing. */

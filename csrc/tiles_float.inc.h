@@ -1,17 +1,40 @@
 /* Tiles of float32 and bfloat16 weights. Included by tiles.inc.h. */
 
-/* Rows of float32; with `decay` a tile starts at decay[row] * out[row], else at the bias. `k` may be less than the panels have. */
+/* Rows of float32; with `decay` a tile starts at decay[row] * out[row], else at the bias. Row r meets the first k + r * step
+ * values of the panels, which may have more. */
 typedef struct {
     const float *x, *decay;
-    int64_t stride, k;
+    int64_t stride, k, step;
 } rows_f32;
 
 PE_INLINE rows_f32 f32_from(const rows_f32 *x, int64_t row)
 {
-    return (rows_f32){x->x + row * x->stride, x->decay ? x->decay + row : 0, x->stride, x->k};
+    return (rows_f32){x->x + row * x->stride, x->decay ? x->decay + row : 0, x->stride, x->k + row * x->step, x->step};
 }
 
 PE_INLINE int64_t f32_panel_bytes(const pe_weights_f32 *w) { return w->k * PE_LANES * (int64_t)sizeof(float); }
+
+/* Adds value i of k to the sums of all rows but the first `skip`. */
+PE_INLINE void add_f32(int rows, int panels, int64_t skip, const rows_f32 *x, const float *from, int64_t panel_stride, int64_t i,
+                       int64_t ahead, vf acc[12][4])
+{
+    vf column[4];
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        const float *at = from + p * panel_stride + i * PE_LANES;
+        column[p] = vf_load(rows > 2 ? streamed(ahead, at) : at);
+    }
+    PE_UNROLL
+    for (int r = 0; r < rows; r++) {
+        if (r < skip)
+            continue;
+        vf value = vf_set(x->x[r * x->stride + i]);
+        PE_PIN(value);
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            acc[r][p] = vf_mad(value, column[p], acc[r][p]);
+    }
+}
 
 PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
                         int64_t ahead)
@@ -28,20 +51,10 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
             else
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
-    for (int64_t i = 0; i < x->k; i++) {
-        vf column[4];
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            column[p] = vf_load(rows > 2 ? streamed(ahead, from + (p * w->k + i) * PE_LANES) : from + (p * w->k + i) * PE_LANES);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            vf value = vf_set(x->x[r * x->stride + i]);
-            PE_PIN(value);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++)
-                acc[r][p] = vf_mad(value, column[p], acc[r][p]);
-        }
-    }
+    for (int64_t i = 0; i < x->k; i++)
+        add_f32(rows, panels, 0, x, from, w->k * PE_LANES, i, ahead, acc);
+    for (int64_t i = 0; i < x->step * (rows - 1); i++)
+        add_f32(rows, panels, i + 1, x, from, w->k * PE_LANES, x->k + i, ahead, acc);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -54,27 +67,35 @@ PE_MATMUL(f32, F32, rows_f32, pe_weights_f32)
 static void matmul_f32(const float *x, int64_t x_stride, int64_t n_row, const pe_weights_f32 *w, int64_t panel,
                        int64_t n_panel, const pe_output *out)
 {
-    const rows_f32 rows = {x, 0, x_stride, w->k};
+    const rows_f32 rows = {x, 0, x_stride, w->k, 0};
     panels_f32(&rows, n_row, w, panel, n_panel, out);
 }
 
-static void accumulate_f32(const float *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_f32 *w,
+static void accumulate_f32(const float *x, int64_t x_stride, int64_t n_row, int64_t k, int64_t step, const pe_weights_f32 *w,
                            int64_t n_panel, const float *decay, float *out, int64_t out_stride)
 {
-    const rows_f32 rows = {x, decay, x_stride, k};
+    const rows_f32 rows = {x, decay, x_stride, k, step};
     const pe_output to = {.out = out, .out_stride = out_stride};
     panels_f32(&rows, n_row, w, 0, n_panel, &to);
 }
 
-/* Rows of bfloat16, `stride` apart. */
+/* The same of bfloat16, without steps. */
 typedef struct {
     const uint16_t *x;
-    int64_t stride;
+    const float *decay;
+    int64_t stride, k;
 } rows_bf16;
 
 PE_INLINE rows_bf16 bf16_from(const rows_bf16 *x, int64_t row)
 {
-    return (rows_bf16){x->x + row * x->stride, x->stride};
+    return (rows_bf16){x->x + row * x->stride, x->decay ? x->decay + row : 0, x->stride, x->k};
+}
+
+/* decay * a, 0 below 2^-80: then no sum with products of bfloat16 can be subnormal. */
+PE_INLINE vf decayed(vf a, float decay)
+{
+    const vf y = vf_mul(vf_set(decay), a), size = vi_bits(vi_and(vf_bits(y), vi_set(0x7fffffff)));
+    return vf_select(vf_lt(size, vf_set(0x1p-80f)), vf_set(0.0f), y);
 }
 
 /* Two values along k, as vdpbf16ps takes them; where there is no such instruction, what it does, by FMA. */
@@ -103,8 +124,8 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            acc[r][p] = vf_set(0.0f);
-    for (int64_t i = 0; i < n_pair; i++) {
+            acc[r][p] = x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
+    for (int64_t i = 0; i < (x->k + 1) / 2; i++) {
         vb column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
@@ -132,6 +153,14 @@ PE_MATMUL(bf16, BF16, rows_bf16, pe_weights_bf16)
 static void matmul_bf16(const uint16_t *x, int64_t x_stride, int64_t n_row, const pe_weights_bf16 *w, int64_t panel,
                         int64_t n_panel, const pe_output *out)
 {
-    const rows_bf16 rows = {x, x_stride};
+    const rows_bf16 rows = {x, 0, x_stride, w->k};
     panels_bf16(&rows, n_row, w, panel, n_panel, out);
+}
+
+static void accumulate_bf16(const uint16_t *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_bf16 *w,
+                            int64_t n_panel, const float *decay, float *out, int64_t out_stride)
+{
+    const rows_bf16 rows = {x, decay, x_stride, k};
+    const pe_output to = {.out = out, .out_stride = out_stride};
+    panels_bf16(&rows, n_row, w, 0, n_panel, &to);
 }

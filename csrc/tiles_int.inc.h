@@ -3,27 +3,39 @@
 PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
 {
     const int64_t group = row * (x->stride / PE_GROUP);
-    return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->zero + group, x->stride};
+    return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->offset + group, x->stride};
 }
 
-/* One group of int8 weights: acc[r][p] += the sum of q * w over the values of quads first..last - 1, exact. */
+/* One group of int8 weights: acc[r][p] += the sum of q * w over n_quad > 0 quads, exact. A pointer for each row would not fit the
+ * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
 #ifndef PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t first, int64_t last, int64_t ahead, vi acc[12][4])
+                        int64_t n_quad, int64_t ahead, vi acc[12][4])
 {
-    for (int64_t i = first; i < last; i++) {
+    const int8_t *end = quads + n_quad * 4 * PE_LANES;
+    const uint8_t *third[4];
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3)
+        third[r / 3] = q + r * stride;
+    do {
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(streamed(ahead, quads + p * panel_stride + i * 4 * PE_LANES));
+            column[p] = vq_weights(streamed(ahead, quads + p * panel_stride));
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            vq_a value = vq_activations(q + r * stride + 4 * i);
+            vq_a value = vq_activations(third[r / 3] + r % 3 * stride);
             PE_UNROLL
             for (int p = 0; p < panels; p++)
                 vq_dot(&acc[r][p], value, column[p]);
         }
-    }
+        PE_UNROLL
+        for (int r = 0; r < rows; r += 3) {
+            third[r / 3] += 4;
+            PE_HIDE(third[r / 3]);
+        }
+        quads += 4 * PE_LANES;
+    } while (quads != end);
 }
 #endif
 
@@ -38,22 +50,32 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
         vf_store(sums + i * PE_LANES, vf_set(0.0f));
+    const float *scales[4];
+    const int32_t *offsets[4];
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3)
+        scales[r / 3] = x->scale + r * x_groups, offsets[r / 3] = x->offset + r * x_groups;
     for (int64_t g = 0; g < n_group; g++) {
+        PE_UNROLL
+        for (int r = 0; r < rows; r += 3) {
+            PE_HIDE(scales[r / 3]);
+            PE_HIDE(offsets[r / 3]);
+        }
         const int64_t first = g * (PE_GROUP / 4);
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
         vi acc[12][4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            const vi column_sum = vi_load_s16(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
+            const vi column_sum = vi_words(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
             PE_UNROLL
             for (int r = 0; r < rows; r++)
-                acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN - x->zero[r * x_groups + g]);
+                acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
         }
-        group_q8(rows, panels, x->q, x->stride, w->panels + panel * n_quad * 4 * PE_LANES, n_quad * 4 * PE_LANES, first, last,
-                 ahead, acc);
+        group_q8(rows, panels, x->q + 4 * first, x->stride, w->panels + (panel * n_quad + first) * 4 * PE_LANES,
+                 n_quad * 4 * PE_LANES, last - first, ahead, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]);
+            const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 float *sum = sums + (r * panels + p) * PE_LANES;
@@ -162,11 +184,11 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]), zero = vf_set((float)-x->zero[r * x_groups + g]);
+            const vf scale = vf_set(x->scale[r * x_groups + g]), shift = vf_set((float)x->offset[r * x_groups + g]);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 float *sum = sums + (r * panels + p) * PE_LANES;
-                const vf centred = vf_mad(zero, offset[p], vf_load(part + (r * panels + p) * PE_LANES));
+                const vf centred = vf_mad(shift, offset[p], vf_load(part + (r * panels + p) * PE_LANES));
                 vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
             }
         }

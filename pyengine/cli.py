@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from pyengine import __version__
 
-from .cost import DEFAULT_KV_DTYPE
 from .errors import ArgumentError, CheckpointFileError, Error
 
 if TYPE_CHECKING:
@@ -185,9 +184,8 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", default="int8", metavar="D", help="float32, bfloat16, int8 (default) or int4")
     sub.add_argument(
         "--kv-dtype",
-        default=DEFAULT_KV_DTYPE,
         metavar="D",
-        help=f"what keys and values are kept in: float32, bfloat16 or int8 (default {DEFAULT_KV_DTYPE})",
+        help="what keys and values are kept in: float32 (default with float32), bfloat16 (default else) or int8",
     )
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
@@ -313,11 +311,11 @@ def info(arguments: argparse.Namespace) -> int:
     )
     print(f"{'dtype':<12} {'weights':>12} {'read per token':>16}")
     for dtype in DTYPES:
-        c = cost(plan, dtype, DEFAULT_KV_DTYPE)
+        c = cost(plan, dtype, "float32")
         print(f"{dtype:<12} {c.weight_bytes / 1e6:>9,.1f} MB {c.decode_bytes / 1e6:>13,.1f} MB")
     full = {kv: cost(plan, "float32", kv).kv_bytes_per_token * plan.max_seq_len for kv in KV_BYTES}
     print("KV cache     full: " + ", ".join(f"{kv} {nbytes / 1e6:,.1f} MB" for kv, nbytes in full.items()))
-    c = cost(plan, "float32", DEFAULT_KV_DTYPE)
+    c = cost(plan, "float32", "float32")
     print(
         f"operations   {c.block_flops / 1e6:,.1f} M a token, {c.head_flops / 1e6:,.1f} M more for its logits, "
         f"{c.attention_flops_per_position / 1e3:,.1f} k for each position that it looks at"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Literal
 
 from .plan import Attend, Embed, Linear, MatrixSpec, Plan
 
@@ -13,7 +13,6 @@ GROUP = 128  # values of an int8 weight's column that share a column sum
 Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
-DEFAULT_KV_DTYPE: Final = "float32"
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Cost:
     block_flops: int  # of the matrix products for a token, without the head; multiplication and addition count each
     head_flops: int  # of the head, for a token whose logits are wanted
     attention_flops_per_position: int  # for a token, times the positions that it looks at
+
+
+def default_kv_dtype(dtype: str) -> Literal["float32", "bfloat16"]:
+    """What a model of `dtype` keeps keys and values in: what loses nothing measurable beside the weights."""
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def matrix_dtypes(plan: Plan, dtype: str) -> dict[str, str]:
@@ -51,9 +55,10 @@ def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
 
 
 def kv_bytes(op: Attend, dtype: str) -> int:
-    """The memory of one position's keys and values; int8 has a float32 scale for each."""
+    """The memory of one position's keys and values; bfloat16 keeps keys in pairs, int8 has a float32 scale for each."""
     scales = 8 if dtype == "int8" else 0
-    return op.n_kv_head * (KV_BYTES[dtype] * (op.head_dim + _whole(op.head_dim, LANES)) + scales)
+    key_width = _whole(op.head_dim, 2) if dtype == "bfloat16" else op.head_dim
+    return op.n_kv_head * (KV_BYTES[dtype] * (key_width + _whole(op.head_dim, LANES)) + scales)
 
 
 def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:

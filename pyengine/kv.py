@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._native.attention import KVLayout
 from ._native.memory import Block
+from ._native.pages import KVLayout
 from .errors import ArgumentError
 from .plan import Plan
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import beam, generation
-from ._native.attention import KV_DTYPES
 from ._native.matmul import DTYPES
+from ._native.pages import KV_DTYPES
 from .architectures import architecture_of
 from .checkpoint import Checkpoint, bind, read_json
-from .cost import DEFAULT_KV_DTYPE, Cost, cost
+from .cost import Cost, cost, default_kv_dtype
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
 from .generation import Piece, Request, Score
@@ -42,7 +42,7 @@ def load(
     dtype: Dtype = "int8",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    kv_dtype: KVDtype = DEFAULT_KV_DTYPE,
+    kv_dtype: KVDtype | None = None,
 ) -> Model:
     """Loads a model from a Hugging Face checkpoint, as it is: a folder, "demo" (the bundled one), or a model id of
     the hub.
@@ -53,9 +53,9 @@ def load(
     "int4" (weights of 4.5 bits, the embedding and the head in int8; activations in int8). threads is the number of
     threads, by default that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is
     called now and then with the bytes of weights that are packed, and of all.
-    kv_dtype is what the cache keeps keys and values in:
-    "float32", "bfloat16" (half the memory), or "int8" (little more than a fourth, a scale for each position and head);
-    attention computes in float32.
+    kv_dtype is what the cache keeps keys and values in: "float32" (the default for a float32 model), "bfloat16" (half
+    the memory, and attention's products in bfloat16; the default for all others), or "int8" (little more than a fourth
+    of the memory, a scale for each position and head; attention computes in float32).
 
     A model id, such as "openai-community/gpt2", needs the extra `hub` and is downloaded by huggingface_hub into its
     cache. Raises CheckpointError and CheckpointFileError for what is wrong with the checkpoint, ArgumentError for the
@@ -66,6 +66,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kv_dtype is None:
+        kv_dtype = default_kv_dtype(dtype)
     if kv_dtype not in KV_DTYPES:
         raise ArgumentError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     n_threads = choose_threads(threads).count

@@ -195,7 +195,6 @@ LOAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ArgumentError,
         "kv_dtype: expected one of float32, bfloat16, int8, got 'int4'",
     ),
-    "no kv_dtype": ({"kv_dtype": None}, ArgumentError, "kv_dtype: expected one of float32, bfloat16, int8, got None"),
     "threads 0": ({"threads": 0}, ArgumentError, "threads: expected 1..1024, got 0"),
     "threads -1": ({"threads": -1}, ArgumentError, "threads: expected 1..1024, got -1"),
     "threads True": ({"threads": True}, ArgumentTypeError, "threads: expected an integer, got True"),

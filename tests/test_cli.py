@@ -86,7 +86,7 @@ def test_generate_stats(expected: str) -> None:
     numbers = (
         r"prompt of \d+ tokens, first token after \d+\.\d+ s; 12 tokens, [\d,]+\.\d tokens/s; loaded in \d+\.\d+ s"
     )
-    assert re.fullmatch(rf"{numbers}; int8, KV float32, 2 threads, portable\n", err)
+    assert re.fullmatch(rf"{numbers}; int8, KV bfloat16, 2 threads, portable\n", err)
 
 
 def test_generate_options_arrive() -> None:
@@ -267,7 +267,7 @@ def test_bench() -> None:
     code, out, err = run("bench", *options.split())
     assert (code, err) == (0, "")
     header, limits, prefill, decode = out.splitlines()
-    assert header.startswith("gpt2, 5,918,720 parameters, int8, KV float32, 1 threads, ")
+    assert header.startswith("gpt2, 5,918,720 parameters, int8, KV bfloat16, 1 threads, ")
     assert re.fullmatch(r"limits: [\d.]+ GB/s read, [\d,]+ GOPS int8", limits)
     assert re.match(r"prefill +20 tokens +[\d,.]+ tokens/s \([\d,.]+ to [\d,.]+\) +\d+% of the peak", prefill)
     assert re.match(r"decode +3 tokens +[\d,.]+ tokens/s .* GB/s of weights, \d+% of the read bandwidth", decode)

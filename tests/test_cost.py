@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from checkpoints import CONFIG, bound, write_checkpoint
 
-from pyengine._native.attention import KV_DTYPES, KVLayout
 from pyengine._native.matmul import DTYPES, PackedMatrix
+from pyengine._native.pages import KV_DTYPES, KVLayout
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost, matrix_bytes

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from pyengine._native import simd
 from pyengine._native.activation import activate, exp
-from pyengine._native.attention import KV_DTYPES, attention
+from pyengine._native.attention import attention
 from pyengine._native.matmul import PackedMatrix, matmul, quantize
 from pyengine._native.norm import layer_norm, softmax
+from pyengine._native.pages import KV_DTYPES
 
 SIZES = [*range(1, 131), 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 24, 25, 47, 48, 49, 50, 96, 97, 130, 200]
@@ -95,9 +96,9 @@ def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
         w = rng.standard_normal((n_out, n_in)).astype(np.float32)
         packed = pack(w, "int8")
         weights = np.stack([packed.row(i) for i in range(n_out)]).astype(np.float64)
-        q, scale, zero = quantize(x)
+        q, scale, offset = quantize(x)
         group = np.arange(n_in) // 128
-        values = scale[:, group].astype(np.float64) * (q.astype(np.int64) - zero[:, group])
+        values = scale[:, group].astype(np.float64) * (q.astype(np.int64) + offset[:, group])
         bound = 2.0**-22 * (np.abs(values) @ np.abs(weights).T)
         assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= bound).all()
         assert (np.abs(values - x) <= scale[:, group] * 0.75).all()
@@ -155,11 +156,11 @@ def check_int4(x: NDArray[np.float32], w: NDArray[np.float32]) -> None:
     """Quantised activations times quantised weights, summed in float64, is what comes out."""
     packed = pack(w, "int4")
     weights = np.stack([packed.row(i) for i in range(len(w))]).astype(np.float64)
-    q, scale, zero = quantize(x)
+    q, scale, offset = quantize(x)
     group = np.arange(x.shape[1]) // 128
-    values = scale[:, group].astype(np.float64) * (q.astype(np.int64) - zero[:, group])
+    values = scale[:, group].astype(np.float64) * (q.astype(np.int64) + offset[:, group])
     # The zero point is taken off at the end of a group: what is rounded on the way is as large as q.
-    size = scale[:, group] * (q.astype(np.float64) + np.abs(zero[:, group]))
+    size = scale[:, group] * (q.astype(np.float64) + np.abs(offset[:, group]))
     assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= 2.0**-21 * (size @ np.abs(weights).T)).all()
 
 
@@ -195,8 +196,8 @@ def test_quantize_extremes(level: str) -> None:
     x[4] = 1e-40
     x[5, 3] = np.nan
     x[6, 4] = np.inf
-    q, scale, zero = quantize(x)
-    values = scale.astype(np.float64) * (q.astype(np.int64) - zero)
+    q, scale, offset = quantize(x)
+    values = scale.astype(np.float64) * (q.astype(np.int64) + offset)
     assert np.array_equal(values[0], x[0])
     np.testing.assert_allclose(values[1], x[1], rtol=1e-6)
     np.testing.assert_allclose(values[2], x[2], rtol=2e-5)
@@ -266,7 +267,7 @@ def test_attention(level: str, n: int) -> None:
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("n", [1, 17, 64, 65, 150])
 def test_attention_of_a_kv_dtype(level: str, n: int, kv_dtype: str) -> None:
-    """To the bit what float32 gives for rounded keys and values, and as near to the exact result as their rounding."""
+    """To the bit the same for rounded keys and values (in int8 that of float32), and as exact as their rounding."""
     rng = np.random.default_rng(n)
     for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64)):
         q = rng.standard_normal((n, n_head, head_dim)).astype(np.float32)
@@ -276,16 +277,20 @@ def test_attention_of_a_kv_dtype(level: str, n: int, kv_dtype: str) -> None:
         arguments = n_head, n_kv_head, head_dim, scale
         qkv, rounded = (np.concatenate([q, x], axis=1).reshape(n, -1) for x in (kv, stored))
         got = attention(qkv, *arguments, 2, kv_dtype)
-        assert got.tobytes() == attention(rounded, *arguments).tobytes()
+        same = "bfloat16" if kv_dtype == "bfloat16" else "float32"
+        assert got.tobytes() == attention(rounded, *arguments, 2, same).tobytes()
 
         # Half a step: bfloat16 has 8 bits of precision.
         largest = np.abs(kv).max(-1, keepdims=True)
         unit = {"float32": 0 * kv, "bfloat16": np.abs(kv) * 2.0**-8, "int8": largest / 127 * 0.501 + 0 * kv}[kv_dtype]
         assert (np.abs(stored - kv) <= unit).all()
         k_unit, v_unit = np.repeat(np.split(unit, 2, axis=1), n_head // n_kv_head, axis=2)
-        # Scores move by at most s, so weights by a factor of at most exp(2 s).
+        # Scores move by at most s, so weights by a factor of at most exp(2 s); bfloat16 rounds queries and weights too.
         s = scale * np.einsum("ihd,jhd->hij", np.abs(q), k_unit).max((1, 2))[:, None]
-        bound = np.expm1(2 * s) * np.abs(kv).max() + v_unit.max((0, 2))[:, None] + 2e-5  # [n_head, 1]
+        rounding = 2.0**-8 if kv_dtype == "bfloat16" else 0.0
+        keys = np.repeat(np.abs(stored[:, :n_kv_head]), n_head // n_kv_head, axis=1)
+        s = s + rounding * scale * np.einsum("ihd,jhd->hij", np.abs(q), keys).max((1, 2))[:, None]
+        bound = (np.expm1(2 * s) + rounding) * np.abs(kv).max() + v_unit.max((0, 2))[:, None] + 2e-5  # [n_head, 1]
         error = np.abs(got - reference.attention(qkv.astype(np.float64), *arguments)).reshape(n, n_head, head_dim)
         assert (error <= bound).all()
 

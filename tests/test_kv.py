@@ -9,7 +9,7 @@ import pytest
 from checkpoints import CONFIG, write_checkpoint
 
 import pyengine
-from pyengine._native.attention import KV_DTYPES
+from pyengine._native.pages import KV_DTYPES
 from pyengine.architectures import gpt2
 from pyengine.errors import ArgumentError
 from pyengine.executor import Executor, Rows

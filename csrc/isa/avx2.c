@@ -61,10 +61,15 @@ PE_INLINE vi vi_set(int32_t a) { return (vi){_mm256_set1_epi32(a), _mm256_set1_e
 PE_INLINE vi vi_add(vi a, vi b) { return PE_BOTH(vi, _mm256_add_epi32, a, b); }
 PE_INLINE vi vi_sub(vi a, vi b) { return PE_BOTH(vi, _mm256_sub_epi32, a, b); }
 PE_INLINE vi vi_mul(vi a, vi b) { return PE_BOTH(vi, _mm256_mullo_epi32, a, b); }
-PE_INLINE vi vi_mul16(vi a, int32_t b)
+PE_INLINE vi vi_words(const int16_t *p)
 {
-    const __m256i low = _mm256_set1_epi32(b & 0xffff);
-    return (vi){_mm256_madd_epi16(a.l, low), _mm256_madd_epi16(a.h, low)};
+    return (vi){_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+PE_INLINE vi vi_mul16(vi a, int32_t b) /* 0 times the upper half of b */
+{
+    const __m256i all = _mm256_set1_epi32(b);
+    return (vi){_mm256_madd_epi16(a.l, all), _mm256_madd_epi16(a.h, all)};
 }
 PE_INLINE vi vi_and(vi a, vi b) { return PE_BOTH(vi, _mm256_and_si256, a, b); }
 PE_INLINE vi vi_or(vi a, vi b) { return PE_BOTH(vi, _mm256_or_si256, a, b); }
@@ -186,16 +191,16 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
  * tile does is vpmaddwd and vpaddd. wide[r][0][i] is values 0 and 2 of quad i, wide[r][1][i] values 1 and 3. */
 #define PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t first, int64_t last, int64_t ahead, vi acc[12][4])
+                        int64_t n_quad, int64_t ahead, vi acc[12][4])
 {
     PE_ALIGNED int32_t wide[PE_Q8_ROWS_1][2][PE_GROUP / 4];
     for (int r = 0; r < rows && rows > 1; r++)
         for (int i = 0; i < PE_GROUP / 4; i += 8) {
-            const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * (first + i)));
+            const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * i));
             _mm256_storeu_si256((__m256i *)(wide[r][0] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
             _mm256_storeu_si256((__m256i *)(wide[r][1] + i), _mm256_srli_epi16(a, 8));
         }
-    for (int64_t i = first; i < last; i++) {
+    for (int64_t i = 0; i < n_quad; i++) {
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
@@ -203,7 +208,7 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vq_a value = rows == 1 ? vq_activations(q + 4 * i)
-                                         : (vq_a){_mm256_set1_epi32(wide[r][0][i - first]), _mm256_set1_epi32(wide[r][1][i - first])};
+                                         : (vq_a){_mm256_set1_epi32(wide[r][0][i]), _mm256_set1_epi32(wide[r][1][i])};
             PE_UNROLL
             for (int p = 0; p < panels; p++)
                 vq_dot(&acc[r][p], value, column[p]);

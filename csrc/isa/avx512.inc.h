@@ -29,7 +29,8 @@ PE_INLINE vi vi_set(int32_t a) { return _mm512_set1_epi32(a); }
 PE_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 PE_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 PE_INLINE vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
-PE_INLINE vi vi_mul16(vi a, int32_t b) { return _mm512_madd_epi16(a, _mm512_set1_epi32(b & 0xffff)); }
+PE_INLINE vi vi_words(const int16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+PE_INLINE vi vi_mul16(vi a, int32_t b) { return _mm512_madd_epi16(a, _mm512_set1_epi32(b)); } /* 0 times the upper half of b */
 PE_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 PE_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 PE_INLINE vi vi_min(vi a, vi b) { return _mm512_min_epi32(a, b); }

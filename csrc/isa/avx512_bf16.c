@@ -22,6 +22,13 @@ PE_INLINE void vb_dot(vf *acc, vb a, vb w)
 #endif
 }
 
+/* vcvtneps2bf16 rounds as to_bf16 does. */
+PE_INLINE void vf_store_bf16(uint16_t *p, vf a)
+{
+    const vm counts = _mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(0x1p-50f), _CMP_NLT_UQ);
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(counts, a)));
+}
+
 #define PE_BF16_ROWS_1 12
 #define PE_BF16_ROWS_2 12
 #define PE_BF16_ROWS_4 6

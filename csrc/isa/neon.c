@@ -96,6 +96,7 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     int16x8_t l = vld1q_s16(p), h = vld1q_s16(p + 8);
     return (vi){vmovl_s16(vget_low_s16(l)), vmovl_high_s16(l), vmovl_s16(vget_low_s16(h)), vmovl_high_s16(h)};
 }
+PE_INLINE vi vi_words(const int16_t *p) { return vi_load_s16(p); }
 PE_INLINE vi vi_load_s8(const int8_t *p)
 {
     int8x16_t v = vld1q_s8(p);

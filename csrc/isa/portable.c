@@ -135,6 +135,7 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     PE_FOR r.x[i] = p[i];
     return r;
 }
+PE_INLINE vi vi_words(const int16_t *p) { return vi_load_s16(p); }
 PE_INLINE vi vi_load_s8(const int8_t *p)
 {
     vi r;

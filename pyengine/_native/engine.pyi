@@ -3,8 +3,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import KVLayout
 from .matmul import PackedMatrix
+from .pages import KVLayout
 
 Floats = NDArray[np.float32]
 

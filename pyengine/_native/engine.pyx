@@ -12,11 +12,14 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from .activation cimport activation_of
-from .attention cimport Attention, KVLayout, Segment, attend, attention_scratch
+from .attention cimport Attention, Segment, attend, attention_scratch
 from .kernels cimport PE_LANES, PE_PAGE, pe_activation, pe_output
-from .matmul cimport FLOAT32, Input, NarrowRows, PackedMatrix, linear, narrow_row, read_row
+from .matmul cimport (
+    FLOAT32, LINEAR_SCRATCH, Input, NarrowRows, PackedMatrix, linear, linear_narrow, narrow_row, read_row,
+)
 from .memory cimport Block
-from .parallel cimport MAX_THREADS, Worker, claim, pe_stop, pe_stopped, run, sync
+from .pages cimport KVLayout
+from .parallel cimport MAX_THREADS, Share, Worker, claim_rows, pe_stop, pe_stopped, run, share_of
 from .simd cimport kernels
 
 from ..errors import ArgumentError, OutOfMemoryError
@@ -52,6 +55,7 @@ cdef struct Op:
     bint on_picked  # runs on the rows whose logits are wanted, not on all
     bint narrow  # a Norm: its output is wanted in int8 or bfloat16; a Linear: its input isn't yet
     bint own_rows  # nobody else wants what is narrowed: with few rows, each thread does it for itself, and nobody waits
+    bint narrow_out  # a Linear: the next operation, another, alone reads its output
     void *weight  # a PackedMatrix
     const float *gain  # a norm's gain, or the table of positions
     const float *bias
@@ -95,7 +99,7 @@ cdef class Engine:
     cdef int n_op
     cdef bint picking
     cdef KVLayout layout
-    cdef NarrowRows narrow
+    cdef NarrowRows narrow, narrow_out  # the input of a product, and the output of one that the next takes in
     cdef Input input  # what the products take their rows in: one for all
     cdef int64_t max_width  # of an input of a product
     cdef Block scratch
@@ -119,7 +123,8 @@ cdef class Engine:
             if self.buffers[i].stride // PE_LANES % 2 == 0:
                 self.buffers[i].stride += PE_LANES  # rows at powers of 2 would share a few sets of the cache
             self.blocks.append(None)
-        cdef int64_t thread_floats = (max(attention_scratch(&layout.layout), *widths) + PE_LANES - 1) // PE_LANES * PE_LANES
+        cdef int64_t most = max(LINEAR_SCRATCH, attention_scratch(&layout.layout), *widths)
+        cdef int64_t thread_floats = (most + PE_LANES - 1) // PE_LANES * PE_LANES
         self.scratch = Block(n_threads * thread_floats * sizeof(float), "scratch of threads")
 
     def __dealloc__(self):
@@ -200,22 +205,29 @@ cdef class Engine:
         self._add(PICK_ROWS, src, out)
         self.picking = True
 
+    cdef bint _next_alone_reads(self, int i) noexcept:
+        """Whether nobody after the next operation reads the output of operation i."""
+        cdef int j, out = self.ops[i].out
+        for j in range(i + 1, self.n_op):
+            if self.ops[j].residual == out or (j > i + 1 and self.ops[j].src == out):
+                return False
+            if self.ops[j].out == out:
+                break
+        return True
+
     cdef void _find_own_rows(self) noexcept:
-        """Narrowed rows are a thread's own where one Linear alone reads them."""
-        cdef int i, j
+        """Who narrows rows, now that all operations are known: a thread for itself where one Linear alone reads them; a Linear
+        its output where another Linear alone reads it."""
+        cdef int i
         cdef Op *op
         for i in range(self.n_op):
             op = &self.ops[i]
             if op.kind == LINEAR and op.narrow:
                 op.own_rows = True
+                if i and (op - 1).kind == LINEAR and (op - 1).out == op.src and (op - 1).residual < 0:
+                    (op - 1).narrow_out = self._next_alone_reads(i - 1)
             elif op.kind == NORM and op.narrow:
-                op.own_rows = True
-                for j in range(i + 2, self.n_op):
-                    if self.ops[j].src == op.out or self.ops[j].residual == op.out:
-                        op.own_rows = False
-                    if self.ops[j].out == op.out:
-                        break
-                self.ops[i + 1].own_rows = op.own_rows
+                op.own_rows = (op + 1).own_rows = self._next_alone_reads(i)
 
     def _reserve(self, int64_t n_row, int64_t n_picked):
         """Makes room for so many rows in every buffer."""
@@ -234,8 +246,10 @@ cdef class Engine:
                 self.blocks[i] = block
                 buffer.data = <float *>block.data
         if self.max_width:
-            self.narrow = NarrowRows(max(n_row, n_picked, OWN_ROWS * self.n_threads), self.max_width, self.input)
             self._find_own_rows()
+            self.narrow = NarrowRows(max(n_row, n_picked, OWN_ROWS * self.n_threads), self.max_width, self.input)
+            if any([self.ops[i].narrow_out for i in range(self.n_op)]):
+                self.narrow_out = NarrowRows(max(n_row, n_picked), self.max_width, self.input)
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
     def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
@@ -331,62 +345,70 @@ cdef inline float *scratch_of(Engine engine, Worker *worker) noexcept nogil:
 
 
 cdef void embed(Op *op, Buffer *out, Step *step, Worker *worker) noexcept nogil:
-    cdef int64_t unit = claim(worker, step.n_row), s = 0, i, position
-    cdef float *row
-    while unit >= 0:
-        while unit >= step.segments[s].row + step.segments[s].n_row:
-            s += 1
-        position = step.segments[s].position + unit - step.segments[s].row
-        row = out.data + unit * out.stride
-        read_row(<PackedMatrix>op.weight, step.token_ids[unit], row)
-        for i in range(out.width):
-            row[i] = row[i] + op.gain[position * out.width + i]
-        unit = claim(worker, step.n_row)
-    sync(worker, step.n_row)
+    cdef Share share = share_of(worker, step.n_row)
+    cdef int64_t row, s = 0, i, position
+    cdef float *values
+    while claim_rows(worker, &share):
+        for row in range(share.first, share.last):
+            while row >= step.segments[s].row + step.segments[s].n_row:
+                s += 1
+            position = step.segments[s].position + row - step.segments[s].row
+            values = out.data + row * out.stride
+            read_row(<PackedMatrix>op.weight, step.token_ids[row], values)
+            for i in range(out.width):
+                values[i] = values[i] + op.gain[position * out.width + i]
 
 
 cdef void norm(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
+    cdef Share share
     cdef int64_t row
-    cdef float *own
+    cdef float *to = scratch_of(engine, worker)
     if op.own_rows and n_row <= OWN_ROWS:
-        own = scratch_of(engine, worker)
         for row in range(n_row):
-            kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, own)
-            narrow_row(own, out.width, engine.narrow, worker.index * OWN_ROWS + row)
+            kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, to)
+            narrow_row(to, out.width, engine.narrow, worker.index * OWN_ROWS + row)
         return
-    row = claim(worker, n_row)
-    while row >= 0:
-        kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, out.data + row * out.stride)
-        if op.narrow:
-            narrow_row(out.data + row * out.stride, out.width, engine.narrow, row)
-        row = claim(worker, n_row)
-    sync(worker, n_row)
+    share = share_of(worker, n_row)
+    while claim_rows(worker, &share):
+        for row in range(share.first, share.last):
+            if not op.own_rows:
+                to = out.data + row * out.stride
+            kernels().layer_norm(src.data + row * src.stride, src.width, op.gain, op.bias, op.eps, to)
+            if op.narrow:
+                narrow_row(to, out.width, engine.narrow, row)
 
 
 cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row, Worker *worker) noexcept nogil:
     cdef int64_t row, first_narrow = 0
+    cdef Share share
+    cdef void *narrow = <void *>engine.narrow
     cdef pe_output to
     # A thread that is late may narrow rows that are written anew meanwhile; then no unit of its product is left for it.
     if op.own_rows and n_row <= OWN_ROWS:
         first_narrow = worker.index * OWN_ROWS
         for row in range(n_row if op.narrow else 0):
-            narrow_row(src.data + row * src.stride, src.width, engine.narrow, first_narrow + row)
+            narrow_row(src.data + row * src.stride, src.width, <NarrowRows>narrow, first_narrow + row)
+    elif op.narrow and (op - 1).narrow_out:
+        narrow = <void *>engine.narrow_out
     elif op.narrow:
-        row = claim(worker, n_row)
-        while row >= 0:
-            narrow_row(src.data + row * src.stride, src.width, engine.narrow, row)
-            row = claim(worker, n_row)
-        sync(worker, n_row)
+        share = share_of(worker, n_row)
+        while claim_rows(worker, &share):
+            for row in range(share.first, share.last):
+                narrow_row(src.data + row * src.stride, src.width, <NarrowRows>narrow, row)
+    if op.narrow_out and n_row > OWN_ROWS:
+        linear_narrow(worker, <PackedMatrix>op.weight, <NarrowRows>narrow, n_row, op.bias, op.activation,
+                      scratch_of(engine, worker), engine.narrow_out)
+        return
     memset(&to, 0, sizeof(to))
     to.bias, to.out, to.out_stride = op.bias, out.data, out.stride
     if op.residual >= 0:
         to.residual, to.residual_stride = engine.buffers[op.residual].data, engine.buffers[op.residual].stride
-    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, engine.narrow, first_narrow, n_row, &to, op.activation)
+    linear(worker, <PackedMatrix>op.weight, src.data, src.stride, <NarrowRows>narrow, first_narrow, n_row, &to, op.activation)
 
 
 cdef void pick_rows(Buffer *src, Buffer *out, Step *step, Worker *worker) noexcept nogil:
-    cdef int64_t unit = claim(worker, step.n_picked)
-    while unit >= 0:
-        memcpy(out.data + unit * out.stride, src.data + step.picked[unit] * src.stride, src.width * sizeof(float))
-        unit = claim(worker, step.n_picked)
-    sync(worker, step.n_picked)
+    cdef Share share = share_of(worker, step.n_picked)
+    cdef int64_t row
+    while claim_rows(worker, &share):
+        for row in range(share.first, share.last):
+            memcpy(out.data + row * out.stride, src.data + step.picked[row] * src.stride, src.width * sizeof(float))

@@ -50,7 +50,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct pe_rows_q8:
         const uint8_t *q
         const float *scale
-        const int32_t *zero
+        const int32_t *offset
         int64_t stride
 
     ctypedef struct pe_output:
@@ -68,8 +68,10 @@ cdef extern from "kernels.h" nogil:
         void (*matmul_q8)(const pe_rows_q8 *, int64_t, const pe_weights_q8 *, int64_t, int64_t, const pe_output *) noexcept nogil
         void (*matmul_bf16)(const uint16_t *, int64_t, int64_t, const pe_weights_bf16 *, int64_t, int64_t, const pe_output *) noexcept nogil
         void (*matmul_q4)(const pe_rows_q8 *, int64_t, const pe_weights_q4 *, int64_t, int64_t, const pe_output *) noexcept nogil
-        void (*accumulate_f32)(const float *, int64_t, int64_t, int64_t, const pe_weights_f32 *, int64_t,
+        void (*accumulate_f32)(const float *, int64_t, int64_t, int64_t, int64_t, const pe_weights_f32 *, int64_t,
                                const float *, float *, int64_t) noexcept nogil
+        void (*accumulate_bf16)(const uint16_t *, int64_t, int64_t, int64_t, const pe_weights_bf16 *, int64_t,
+                                const float *, float *, int64_t) noexcept nogil
         void (*quantize_q8)(const float *, int64_t, uint8_t *, float *, int32_t *) noexcept nogil
         void (*narrow_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
         void (*layer_norm)(const float *, int64_t, const float *, const float *, float, float *) noexcept nogil
@@ -87,7 +89,6 @@ cdef extern from "kernels.h" nogil:
         void (*pack_q8)(const float *, int64_t, int8_t *, float *, int16_t *) noexcept nogil
         void (*pack_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
         void (*pack_q4)(const float *, int64_t, uint8_t *, uint16_t *) noexcept nogil
-        void (*widen_bf16)(const uint16_t *, int64_t, float *) noexcept nogil
         float (*narrow_q8)(const float *, int64_t, int8_t *) noexcept nogil
         void (*widen_keys_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
         void (*widen_values_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil

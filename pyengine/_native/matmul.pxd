@@ -32,10 +32,14 @@ cdef class NarrowRows:
     cdef Input input
     cdef pe_rows_q8 q8
     cdef const uint16_t *bf16  # q8.stride apart
-    cdef Block values, scale, zero
+    cdef Block values, scale, offset
 
 # Row n as float32: a token's embedding.
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil
 cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil
 cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow,
                  int64_t first_narrow, int64_t n_row, const pe_output *out, pe_activation activation) noexcept nogil
+cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, int64_t n_row, const float *bias,
+                        pe_activation activation, float *scratch, NarrowRows out) noexcept nogil
+
+cdef enum: LINEAR_SCRATCH = 96 * 8 * 16  # floats that linear_narrow needs of a thread

@@ -11,7 +11,7 @@ from .kernels cimport (
     pe_rows_q8,
 )
 from .memory cimport Block
-from .parallel cimport Worker, claim, run, sync
+from .parallel cimport Share, Worker, claim, claim_rows, run, share_of, sync
 from .simd cimport kernels
 
 from ..errors import ArgumentError
@@ -237,17 +237,21 @@ cdef class NarrowRows:
         self.bf16, self.q8.q = <const uint16_t *>self.values.data, <const uint8_t *>self.values.data
         if input == INT8:
             self.scale = Block(n_group * sizeof(float), "narrow activations")
-            self.zero = Block(n_group * sizeof(int32_t), "narrow activations")
-            self.q8.scale, self.q8.zero = <const float *>self.scale.data, <const int32_t *>self.zero.data
+            self.offset = Block(n_group * sizeof(int32_t), "narrow activations")
+            self.q8.scale, self.q8.offset = <const float *>self.scale.data, <const int32_t *>self.offset.data
 
 
 cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil:
-    cdef int64_t stride = rows.q8.stride, group = row * (stride // PE_GROUP)
+    narrow_part(x, n, rows, row, 0)
+
+
+cdef void narrow_part(const float *x, int64_t n, NarrowRows rows, int64_t row, int64_t column) noexcept nogil:
+    """Values of a row from a column on, which is a multiple of PE_GROUP."""
+    cdef int64_t at = row * rows.q8.stride + column, group = at // PE_GROUP
     if rows.input == BFLOAT16:
-        kernels().narrow_bf16(x, n, <uint16_t *>rows.bf16 + row * stride)
+        kernels().narrow_bf16(x, n, <uint16_t *>rows.bf16 + at)
     else:
-        kernels().quantize_q8(x, n, <uint8_t *>rows.q8.q + row * stride, <float *>rows.q8.scale + group,
-                              <int32_t *>rows.q8.zero + group)
+        kernels().quantize_q8(x, n, <uint8_t *>rows.q8.q + at, <float *>rows.q8.scale + group, <int32_t *>rows.q8.offset + group)
 
 
 cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow, int64_t first_narrow,
@@ -260,7 +264,7 @@ cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, N
         q8.stride = narrow.q8.stride
         q8.q = narrow.q8.q + narrow_row * q8.stride
         q8.scale = narrow.q8.scale + narrow_row * (q8.stride // PE_GROUP)
-        q8.zero = narrow.q8.zero + narrow_row * (q8.stride // PE_GROUP)
+        q8.offset = narrow.q8.offset + narrow_row * (q8.stride // PE_GROUP)
     if weight.format == F32:
         simd.matmul_f32(x + row * x_stride, x_stride, n_row, &weight.f32, panel, n_panel, out)
     elif weight.format == BF16:
@@ -304,6 +308,33 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
     sync(worker, n_unit)
 
 
+cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, int64_t n_row, const float *bias,
+                        pe_activation activation, float *scratch, NarrowRows out) noexcept nogil:
+    """One phase: out = activation(x W^T + bias), narrowed while it is in the cache, for a product that takes it so. A unit's
+    columns are whole groups."""
+    cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
+    cdef int64_t row_blocks = (n_row + BLOCK_ROWS - 1) // BLOCK_ROWS
+    cdef int64_t n_unit = row_blocks * ((n_panel + BLOCK_PANELS - 1) // BLOCK_PANELS)
+    cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
+    cdef pe_output to
+    cdef float *values
+    memset(&to, 0, sizeof(to))
+    to.bias, to.out_stride = bias, BLOCK_PANELS * PE_LANES
+    while unit >= 0:
+        panel = unit // row_blocks * BLOCK_PANELS
+        row = unit % row_blocks * BLOCK_ROWS
+        panels = min(<int64_t>BLOCK_PANELS, n_panel - panel)
+        rows = min(<int64_t>BLOCK_ROWS, n_row - row)
+        to.out = scratch - panel * PE_LANES
+        block_product(weight, NULL, 0, narrow, 0, row, rows, panel, panels, &to)
+        for r in range(rows):
+            values = scratch + r * to.out_stride
+            kernels().activate(activation, values, panels * PE_LANES)
+            narrow_part(values, min(panels * PE_LANES, weight.n_out - panel * PE_LANES), out, row + r, panel * PE_LANES)
+        unit = claim(worker, n_unit)
+    sync(worker, n_unit)
+
+
 cdef struct MatmulTask:
     void *weight
     void *narrow
@@ -319,12 +350,11 @@ cdef void matmul_body(void *context, Worker *worker) noexcept nogil:
 
 cdef void matmul_share(PackedMatrix weight, NarrowRows narrow, MatmulTask *task, Worker *worker) noexcept nogil:
     cdef int64_t row
+    cdef Share share = share_of(worker, task.n_row)
     if weight.input != FLOAT32:
-        row = claim(worker, task.n_row)
-        while row >= 0:
-            narrow_row(task.x + row * weight.n_in, weight.n_in, narrow, row)
-            row = claim(worker, task.n_row)
-        sync(worker, task.n_row)
+        while claim_rows(worker, &share):
+            for row in range(share.first, share.last):
+                narrow_row(task.x + row * weight.n_in, weight.n_in, narrow, row)
     linear(worker, weight, task.x, weight.n_in, narrow, 0, task.n_row, &task.out, PE_ACT_NONE)
 
 
@@ -346,17 +376,17 @@ def matmul(const float[:, ::1] x, PackedMatrix weight, int threads=1):
 
 
 def quantize(const float[:, ::1] x):
-    """Rows in int8, as the engine quantises activations: x is about scale (q - zero), by groups of 128 values.
+    """Rows in int8, as the engine quantises activations: x is about scale (q + offset), by groups of 128 values.
 
     float32 [n_rows, n] → (uint8 [n_rows, n], float32 [n_rows, n_groups], int32 [n_rows, n_groups]).
     """
     cdef int64_t n_row = x.shape[0], n = x.shape[1], n_group = (n + PE_GROUP - 1) // PE_GROUP, row
     q = np.zeros((n_row, n_group * PE_GROUP), np.uint8)
     scale = np.empty((n_row, n_group), np.float32)
-    zero = np.empty((n_row, n_group), np.int32)
+    offset = np.empty((n_row, n_group), np.int32)
     cdef uint8_t[:, ::1] q_view = q
     cdef float[:, ::1] scale_view = scale
-    cdef int32_t[:, ::1] zero_view = zero
+    cdef int32_t[:, ::1] offset_view = offset
     for row in range(n_row if n else 0):
-        kernels().quantize_q8(&x[row, 0], n, &q_view[row, 0], &scale_view[row, 0], &zero_view[row, 0])
-    return q[:, :n], scale, zero
+        kernels().quantize_q8(&x[row, 0], n, &q_view[row, 0], &scale_view[row, 0], &offset_view[row, 0])
+    return q[:, :n], scale, offset

@@ -34,6 +34,32 @@ cdef inline void sync(Worker *worker, int64_t n_unit) noexcept nogil:
     worker.phase += 1
     worker.n_claimed = 0
 
+# A phase over rows, of which each is little work: several are taken at once.
+#     share = share_of(worker, n_row)
+#     while claim_rows(worker, &share):
+#         for row in range(share.first, share.last): ...
+cdef enum: UNIT_ROWS = 8
+
+cdef struct Share:
+    int64_t first, last, n_row, unit_rows
+
+cdef inline Share share_of(Worker *worker, int64_t n_row) noexcept nogil:
+    cdef Share share
+    share.first = share.last = 0
+    share.n_row = n_row
+    share.unit_rows = UNIT_ROWS if n_row >= 4 * UNIT_ROWS * worker.n_threads else 1
+    return share
+
+cdef inline bint claim_rows(Worker *worker, Share *share) noexcept nogil:
+    """The next rows; when there are none left, waits until all are done."""
+    cdef int64_t n_unit = (share.n_row + share.unit_rows - 1) // share.unit_rows, unit = claim(worker, n_unit)
+    if unit < 0:
+        sync(worker, n_unit)
+        return False
+    share.first = unit * share.unit_rows
+    share.last = min(share.first + share.unit_rows, share.n_row)
+    return True
+
 ctypedef void (*Body)(void *context, Worker *worker) noexcept nogil
 
 # Runs body(context, worker) on up to n_threads threads at once, and waits for all. n_phase: how often a body syncs, at most.
