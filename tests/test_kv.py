@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
+from numpy.typing import NDArray
 
 import pyengine
 from pyengine._native.pages import KV_DTYPES
@@ -119,6 +120,22 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def append(executor: Executor, sequence: Sequence, tokens: list[int]) -> bytes:
     return executor.step([Rows(sequence, np.array(tokens, np.int32), len(tokens))]).tobytes()
+
+
+def test_logits_are_the_callers_own(executor: Executor) -> None:
+    """The memory of logits is used again, but not as long as anybody has them, or a row of them."""
+    sequence = executor.new_sequence()
+
+    def step() -> NDArray[np.float32]:
+        return executor.step([Rows(sequence, np.array([5], np.int32), 1)])
+
+    first, row = step(), step()[0]
+    before = first.tobytes(), row.tobytes()
+    for _ in range(5):
+        step()
+    assert (first.tobytes(), row.tobytes()) == before
+    del first, row
+    assert len({step().ctypes.data for _ in range(20)}) <= 2
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -25,6 +25,7 @@ from .simd cimport kernels
 from ..errors import ArgumentError, OutOfMemoryError
 
 cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(object)
     # Not the declaration of cpython.exc: the exception is to stay set, until the region is left.
     int PyErr_CheckSignals() noexcept
 
@@ -64,6 +65,7 @@ cdef struct Op:
     Attention attention
 
 cdef enum:
+    SPARE_BYTES = 1 << 24  # the most of an array of logits that is kept
     OWN_ROWS = 2  # so few rows that each thread narrows them for itself
 
 # One step: what the threads share.
@@ -103,6 +105,7 @@ cdef class Engine:
     cdef Input input  # what the products take their rows in: one for all
     cdef int64_t max_width  # of an input of a product
     cdef Block scratch
+    cdef list spare_logits
     cdef int64_t capacity, picked_capacity  # rows that the buffers have room for
     cdef int64_t vocab_size, max_seq_len
 
@@ -110,7 +113,7 @@ cdef class Engine:
         if not 1 <= n_threads <= MAX_THREADS:
             raise ArgumentError(f"threads: expected 1..{MAX_THREADS}, got {n_threads}")
         self.n_threads, self.layout = n_threads, layout
-        self.keep, self.blocks = [], []
+        self.keep, self.blocks, self.spare_logits = [], [], []
         self.max_seq_len = 2**31
         self.n_buffer = len(widths)
         self.buffers = <Buffer *>realloc(NULL, self.n_buffer * sizeof(Buffer))
@@ -282,13 +285,23 @@ cdef class Engine:
             if not 0 <= picked[i] < row:
                 raise ArgumentError(f"picked: expected rows 0..{row - 1}, got {picked[i]}")
         cdef Buffer *last = &self.buffers[self.ops[self.n_op - 1].out]
-        logits = np.empty((picked.shape[0], last.stride), np.float32)
+        logits = self._room_for_logits(picked.shape[0], last.stride)
         cdef float[:, ::1] view = logits
         if row:
             self._reserve(row, picked.shape[0])
             last.data = &view[0, 0] if picked.shape[0] else NULL
             self._run(token_ids, segments, n_segment, picked)
         return logits[:, : last.width]
+
+    cdef object _room_for_logits(self, int64_t n, int64_t width):
+        """float32 [n, width], unfilled: what an earlier step returned if nobody has it any more, since fresh memory is slow."""
+        for array in self.spare_logits:
+            if array.shape[0] == n and Py_REFCNT(array) == 2:  # the list and this name
+                return array
+        array = np.empty((n, width), np.float32)
+        if array.nbytes <= SPARE_BYTES:
+            self.spare_logits = [*self.spare_logits, array][len(self.spare_logits) // 2 :]  # two at most
+        return array
 
     cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment,
                   const int32_t[::1] picked) except -1:

@@ -316,8 +316,8 @@ cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, 
     cdef int64_t row_blocks = (n_row + BLOCK_ROWS - 1) // BLOCK_ROWS
     cdef int64_t n_unit = row_blocks * ((n_panel + BLOCK_PANELS - 1) // BLOCK_PANELS)
     cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
+    cdef int64_t columns
     cdef pe_output to
-    cdef float *values
     memset(&to, 0, sizeof(to))
     to.bias, to.out_stride = bias, BLOCK_PANELS * PE_LANES
     while unit >= 0:
@@ -327,10 +327,11 @@ cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, 
         rows = min(<int64_t>BLOCK_ROWS, n_row - row)
         to.out = scratch - panel * PE_LANES
         block_product(weight, NULL, 0, narrow, 0, row, rows, panel, panels, &to)
+        columns = min(panels * PE_LANES, weight.n_out - panel * PE_LANES)
         for r in range(rows):
-            values = scratch + r * to.out_stride
-            kernels().activate(activation, values, panels * PE_LANES)
-            narrow_part(values, min(panels * PE_LANES, weight.n_out - panel * PE_LANES), out, row + r, panel * PE_LANES)
+            kernels().activate(activation, scratch + r * to.out_stride, columns)
+        for r in range(rows):
+            narrow_part(scratch + r * to.out_stride, columns, out, row + r, panel * PE_LANES)
         unit = claim(worker, n_unit)
     sync(worker, n_unit)
 
