@@ -84,12 +84,19 @@
 #define PE_F32_STREAM 0
 #define PE_BF16_STREAM 0
 
-/* The weights at p, having asked for those that are `ahead` bytes on: processors alone fetch too little ahead of a tile that
- * computes. */
-PE_INLINE const void *streamed(int64_t ahead, const void *p)
+/* Which weights a tile asks for while it computes, since processors alone fetch too late: with line i of a panel (64 bytes), the one
+ * at the panel's start + bytes + i * pace. */
+typedef struct {
+    int64_t bytes, pace;
+} pe_ahead;
+
+/* One tile alone asks for what is a little further on. Where several tiles lie below each other, the panels after these are
+ * asked for by all of them, each a share, at such a pace that the bus is never asked for more than it brings. */
+PE_INLINE pe_ahead pe_ahead_of(int64_t tile, int64_t n_tile, int64_t panels, int64_t panel_bytes)
 {
-    PE_PREFETCH((const char *)p + ahead);
-    return p;
+    if (n_tile == 1)
+        return (pe_ahead){PE_AHEAD, 64};
+    return (pe_ahead){panels * panel_bytes + tile * panel_bytes / n_tile, (64 + n_tile - 1) / n_tile};
 }
 
 /* Four bytes as they lie, from any address. */

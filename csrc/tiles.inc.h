@@ -4,8 +4,7 @@
  * and `panels` are constants once it is inlined, so that loops unroll and arrays become registers; KIND_from(x, row), its input
  * from a row on; KIND_panel_bytes(w); and PE_KIND_ROWS_1 2 4, PE_KIND_MANY. PE_MATMUL makes the loops.
  *
- * `ahead` says which weights a tile asks for while it computes: those a little further on, or, where tiles above it have
- * brought these into the cache, those of the next panels. */
+ * `ahead` says which weights a tile asks for while it computes (level.h). */
 
 /* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
 PE_INLINE void prefetch_tile(int rows, int panels, const pe_output *out)
@@ -56,7 +55,7 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
             const int64_t n = (n_row - row) / (n_tile - t);                                                          \
             const pe_output to = output_at(out, row, 0);                                                             \
             const Rows from = kind##_from(x, row);                                                                   \
-            const int64_t ahead = t ? (panels) * kind##_panel_bytes(w) : PE_AHEAD;                                   \
+            const pe_ahead ahead = pe_ahead_of(t, n_tile, panels, kind##_panel_bytes(w));                            \
             PE_FOR_ROWS(n, max_rows, tile_##kind(rows, panels, &from, w, panel, &to, ahead))                         \
             row += n;                                                                                                \
         }                                                                                                            \

@@ -16,13 +16,14 @@ PE_INLINE int64_t f32_panel_bytes(const pe_weights_f32 *w) { return w->k * PE_LA
 
 /* Adds value i of k to the sums of all rows but the first `skip`. */
 PE_INLINE void add_f32(int rows, int panels, int64_t skip, const rows_f32 *x, const float *from, int64_t panel_stride, int64_t i,
-                       int64_t ahead, vf acc[12][4])
+                       const char *next, vf acc[12][4])
 {
     vf column[4];
     PE_UNROLL
     for (int p = 0; p < panels; p++) {
-        const float *at = from + p * panel_stride + i * PE_LANES;
-        column[p] = vf_load(rows > 2 ? streamed(ahead, at) : at);
+        column[p] = vf_load(from + p * panel_stride + i * PE_LANES);
+        if (rows > 2)
+            PE_PREFETCH(next + p * panel_stride * (int64_t)sizeof(float));
     }
     PE_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -37,9 +38,10 @@ PE_INLINE void add_f32(int rows, int panels, int64_t skip, const rows_f32 *x, co
 }
 
 PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
-                        int64_t ahead)
+                        pe_ahead ahead)
 {
     const float *from = w->panels + panel * w->k * PE_LANES;
+    const char *next = (const char *)from + ahead.bytes;
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
     PE_UNROLL
@@ -51,10 +53,10 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
             else
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
-    for (int64_t i = 0; i < x->k; i++)
-        add_f32(rows, panels, 0, x, from, w->k * PE_LANES, i, ahead, acc);
+    for (int64_t i = 0; i < x->k; i++, next += ahead.pace)
+        add_f32(rows, panels, 0, x, from, w->k * PE_LANES, i, next, acc);
     for (int64_t i = 0; i < x->step * (rows - 1); i++)
-        add_f32(rows, panels, i + 1, x, from, w->k * PE_LANES, x->k + i, ahead, acc);
+        add_f32(rows, panels, i + 1, x, from, w->k * PE_LANES, x->k + i, next, acc);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -114,10 +116,11 @@ PE_INLINE void vb_dot(vf *acc, vb a, vb w) { *acc = vf_mad(a.even, w.even, vf_ma
 PE_INLINE int64_t bf16_panel_bytes(const pe_weights_bf16 *w) { return (w->k + 1) / 2 * 4 * PE_LANES; }
 
 PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weights_bf16 *w, int64_t panel,
-                         const pe_output *out, int64_t ahead)
+                         const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_pair = (w->k + 1) / 2;
     const uint16_t *from = w->panels + panel * n_pair * 2 * PE_LANES;
+    const char *next = (const char *)from + ahead.bytes;
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
     PE_UNROLL
@@ -125,12 +128,14 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
-    for (int64_t i = 0; i < (x->k + 1) / 2; i++) {
+    for (int64_t i = 0; i < (x->k + 1) / 2; i++, next += ahead.pace) {
         vb column[4];
         PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            column[p] = vb_weights(rows > 2 ? streamed(ahead, from + (p * n_pair + i) * 2 * PE_LANES)
-                                            : from + (p * n_pair + i) * 2 * PE_LANES);
+        for (int p = 0; p < panels; p++) {
+            column[p] = vb_weights(from + (p * n_pair + i) * 2 * PE_LANES);
+            if (rows > 2)
+                PE_PREFETCH(next + p * n_pair * 4 * PE_LANES);
+        }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vb value = vb_activations(x->x + r * x->stride + 2 * i);

@@ -10,7 +10,7 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
 #ifndef PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t n_quad, int64_t ahead, vi acc[12][4])
+                        int64_t n_quad, const int8_t *next, int64_t pace, vi acc[12][4])
 {
     const int8_t *end = quads + n_quad * 4 * PE_LANES;
     const uint8_t *third[4];
@@ -20,8 +20,11 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
     do {
         vq_w column[4];
         PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(streamed(ahead, quads + p * panel_stride));
+        for (int p = 0; p < panels; p++) {
+            column[p] = vq_weights(quads + p * panel_stride);
+            PE_PREFETCH(next + p * panel_stride);
+        }
+        next += pace;
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vq_a value = vq_activations(third[r / 3] + r % 3 * stride);
@@ -42,10 +45,11 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
 PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
 
 PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
-                       const pe_output *out, int64_t ahead)
+                       const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP;
+    const int8_t *quads = w->panels + panel * n_quad * 4 * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
@@ -71,8 +75,8 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             for (int r = 0; r < rows; r++)
                 acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
         }
-        group_q8(rows, panels, x->q + 4 * first, x->stride, w->panels + (panel * n_quad + first) * 4 * PE_LANES,
-                 n_quad * 4 * PE_LANES, last - first, ahead, acc);
+        group_q8(rows, panels, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES, last - first,
+                 quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
@@ -106,7 +110,7 @@ static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
 
 /* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum. */
 PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, const uint8_t *nibbles, int64_t panel_stride,
-                        int64_t ahead, vi acc[12][4], vi column_sum[4])
+                        const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
 {
     enum { OCTETS = PE_Q4_GROUP / 8 };
     PE_UNROLL
@@ -120,7 +124,8 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
         vq_w low[4], high[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            vq_nibbles(streamed(ahead, nibbles + p * panel_stride + i * 4 * PE_LANES), pe_q4_codebook, &low[p], &high[p]);
+            vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
+            PE_PREFETCH(next + p * panel_stride + i * pace);
             vq_sum(&column_sum[p], low[p]);
             vq_sum(&column_sum[p], high[p]);
         }
@@ -150,10 +155,11 @@ PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
 }
 
 PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
-                       const pe_output *out, int64_t ahead)
+                       const pe_output *out, pe_ahead ahead)
 {
     enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
+    const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
@@ -169,8 +175,8 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             vf_store(part + i * PE_LANES, vf_set(0.0f));
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
-            group_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, w->panels + (panel * n_group + i) * BYTES,
-                     n_group * BYTES, ahead, acc, column_sum);
+            group_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, nibbles + i * BYTES, n_group * BYTES,
+                     nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);

@@ -191,7 +191,7 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
  * tile does is vpmaddwd and vpaddd. wide[r][0][i] is values 0 and 2 of quad i, wide[r][1][i] values 1 and 3. */
 #define PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t n_quad, int64_t ahead, vi acc[12][4])
+                        int64_t n_quad, const int8_t *next, int64_t pace, vi acc[12][4])
 {
     PE_ALIGNED int32_t wide[PE_Q8_ROWS_1][2][PE_GROUP / 4];
     for (int r = 0; r < rows && rows > 1; r++)
@@ -203,8 +203,10 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
     for (int64_t i = 0; i < n_quad; i++) {
         vq_w column[4];
         PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(streamed(ahead, quads + p * panel_stride + i * 4 * PE_LANES));
+        for (int p = 0; p < panels; p++) {
+            column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
+            PE_PREFETCH(next + p * panel_stride + i * pace);
+        }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vq_a value = rows == 1 ? vq_activations(q + 4 * i)
