@@ -155,8 +155,9 @@ typedef struct pe_kernels {
     /* One step of the online softmax (Milakov & Gimelshein 2018) for one query and one block of PE_PAGE scores, of which the
      * first n are visible, 1 <= n: weights[i] = exp(scale * scores[i] - m'), 0 for i >= n; m' = the maximum so far. `state` is
      * [max, unused..., sum of weights by lane: 16 floats] = 32 floats; a new row's max is -inf, its sums 0. Returns the decay
-     * exp(m - m') that earlier weights are multiplied with. weights may be scores. */
-    float (*softmax_block)(const float *scores, int64_t n, float scale, float *state, float *weights);
+     * exp(m - m') that earlier weights are multiplied with. weights may be scores; or NULL, then they go to `narrow`, in
+     * bfloat16. Sums are those of the weights in float32. */
+    float (*softmax_block)(const float *scores, int64_t n, float scale, float *state, float *weights, uint16_t *narrow);
 
     /* out[0..n) *= 1 / (sum of the 16 lanes of state): ends the online softmax. Written in whole vectors. */
     void (*softmax_end)(const float *state, float *out, int64_t n);

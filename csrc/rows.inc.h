@@ -111,7 +111,7 @@ static void activate(pe_activation kind, float *x, int64_t n)
     }
 }
 
-static float softmax_block(const float *scores, int64_t n, float scale, float *state, float *weights)
+static float softmax_block(const float *scores, int64_t n, float scale, float *state, float *weights, uint16_t *narrow)
 {
     enum { VECTORS = PE_PAGE / PE_LANES };
     vf s[VECTORS], largest = vf_set(state[0]);
@@ -129,7 +129,10 @@ static float softmax_block(const float *scores, int64_t n, float scale, float *s
     PE_UNROLL
     for (int i = 0; i < VECTORS; i++) {
         s[i] = vm_exp_neg(vf_sub(s[i], vf_set(max)));
-        vf_store(weights + i * PE_LANES, s[i]);
+        if (narrow)
+            vf_store_bf16(narrow + i * PE_LANES, s[i]);
+        else
+            vf_store(weights + i * PE_LANES, s[i]);
     }
     const vf sum = vf_add(vf_add(s[0], s[1]), vf_add(s[2], s[3]));
     state[0] = max;

@@ -13,7 +13,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int8_t, int64_t, uint16_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from .kernels cimport PE_LANES, PE_PAGE, pe_kernels, pe_output, pe_weights_bf16, pe_weights_f32
+from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
     KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
@@ -26,7 +26,8 @@ from ..errors import ArgumentError
 
 cdef enum:
     UNITS_PER_THREAD = 16
-    TILE = 16  # positions: queries that share a pass over the keys, and keys in a panel
+    TILE = 32  # queries that share a pass over the keys
+    STEP = PE_LANES  # of these, as many as meet the keys of their own block together
     STATE = 2 * PE_LANES
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
@@ -36,7 +37,7 @@ cdef struct Tile:
     float *block  # [64, value_width]: keys or values of a page in int8, widened
     uint16_t *q_bf16  # [TILE, value_width]
     uint16_t *weights_bf16  # [TILE, 64]
-    float *weights  # [TILE, 64]: scores, then the softmax's weights
+    float *weights  # [TILE, 64]: scores, then the softmax's weights, unless they are in bfloat16
     float *sums  # [TILE, value_width]
     float *states  # [TILE, STATE]
     float *decay  # [TILE]
@@ -73,15 +74,15 @@ cdef inline int64_t n_tile_of(const Segment *segment) noexcept nogil:
     return (segment.position + segment.n_row - 1) // TILE - segment.position // TILE + 1
 
 
-cdef inline void bounds(const Segment *segment, int64_t tile, int64_t *first, int64_t *last) noexcept nogil:
-    """The first and last position of a segment's tile."""
+cdef inline void bounds(const Segment *segment, int64_t tile, int64_t *first, int64_t *end) noexcept nogil:
+    """The first position of a segment's tile, and the one after its last."""
     first[0] = max(segment.position, (segment.position // TILE + tile) * TILE)
-    last[0] = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE) - 1
+    end[0] = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE)
 
 
 cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first,
                      int64_t n, int64_t head, float *scratch) noexcept nogil:
-    """Appends a kv head's keys and values of n rows of a segment, from position `first` on, which lie in one tile."""
+    """Appends a kv head's keys and values of n rows of a segment, from position `first` on, which lie in one panel."""
     cdef int64_t d = a.layout.head_dim
     cdef const float *k = qkv + (segment.row + first - segment.position) * stride + (a.n_head + head) * d
     store(&a.layout, segment.pages[first // PE_PAGE], a.layer, head, first % PE_PAGE, k, k + a.layout.n_kv_head * d, stride, n,
@@ -91,7 +92,7 @@ cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const
 cdef void store_all(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
                     int64_t n_segment, float *scratch) noexcept nogil:
     """One phase: appends the rows' keys and values to the cache. A unit is a tile of positions."""
-    cdef int64_t n_unit = 0, unit, s, before = 0, first, last, head
+    cdef int64_t n_unit = 0, unit, s, before = 0, first, end, next, head
     for s in range(n_segment):
         n_unit += n_tile_of(&segments[s])
     s = 0
@@ -100,9 +101,12 @@ cdef void store_all(Worker *worker, const Attention *attention, const float *qkv
         while unit - before >= n_tile_of(&segments[s]):
             before += n_tile_of(&segments[s])
             s += 1
-        bounds(&segments[s], unit - before, &first, &last)
-        for head in range(attention.layout.n_kv_head):
-            store_rows(attention, qkv, stride, &segments[s], first, last - first + 1, head, scratch)
+        bounds(&segments[s], unit - before, &first, &end)
+        while first < end:
+            next = min((first // PE_LANES + 1) * PE_LANES, end)
+            for head in range(attention.layout.n_kv_head):
+                store_rows(attention, qkv, stride, &segments[s], first, next - first, head, scratch)
+            first = next
         unit = claim(worker, n_unit)
     sync(worker, n_unit)
 
@@ -174,13 +178,11 @@ cdef void score(const PageLayout *layout, const Tile *tile, char *keys, int64_t 
 cdef void add_values(const PageLayout *layout, const Tile *tile, char *keys, int64_t n_first, int64_t step) noexcept nogil:
     """tile.sums = tile.decay * tile.sums + the weighted values of a block. The first query sees n_first of them, and each next
     one `step` more."""
-    cdef int64_t n_panel = layout.value_width // PE_LANES, n_last = n_first + step * (tile.n_query - 1), i
+    cdef int64_t n_panel = layout.value_width // PE_LANES, n_last = n_first + step * (tile.n_query - 1)
     cdef char *at = values_of(layout, keys)
     cdef pe_weights_bf16 values_bf16
     cdef pe_weights_f32 values_f32
     if layout.dtype == KV_BFLOAT16:
-        for i in range(tile.n_query):
-            kernels().narrow_bf16(tile.weights + i * PE_PAGE, PE_PAGE, tile.weights_bf16 + i * PE_PAGE)
         values_bf16.panels, values_bf16.k = <const uint16_t *>at, PE_PAGE
         kernels().accumulate_bf16(tile.weights_bf16, PE_PAGE, tile.n_query, n_last, &values_bf16, n_panel, tile.decay, tile.sums,
                                   layout.value_width)
@@ -193,46 +195,66 @@ cdef void add_values(const PageLayout *layout, const Tile *tile, char *keys, int
                              layout.value_width)
 
 
+cdef Tile part_of(const PageLayout *layout, const Tile *tile, int64_t first, int64_t n) noexcept nogil:
+    """n queries of a tile, from `first` on."""
+    cdef Tile part = tile[0]
+    part.n_query = n
+    part.q += first * tile.stride
+    if tile.weights_bf16 != NULL:
+        part.q_bf16 += first * layout.value_width
+        part.weights_bf16 += first * PE_PAGE
+    part.weights += first * PE_PAGE
+    part.sums += first * layout.value_width
+    part.states += first * STATE
+    part.decay += first
+    return part
+
+
+cdef void meet(const Attention *a, const Tile *tile, char *keys, int64_t n_first, int64_t step) noexcept nogil:
+    """The tile's queries meet a block: the first query sees n_first of its keys, and each next one `step` more."""
+    cdef int64_t i
+    cdef float *scores
+    score(&a.layout, tile, keys, n_first + step * (tile.n_query - 1))
+    for i in range(tile.n_query):
+        scores = tile.weights + i * PE_PAGE
+        tile.decay[i] = kernels().softmax_block(
+            scores, n_first + step * i, a.scale, tile.states + i * STATE, scores if tile.weights_bf16 == NULL else NULL,
+            tile.weights_bf16 + i * PE_PAGE if tile.weights_bf16 != NULL else NULL)
+    add_values(&a.layout, tile, keys, n_first, step)
+
+
 cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t index, int64_t head,
                       const Segment *then, float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One head of the queries whose positions lie in one tile. `then`: whose next head follows this one, or NULL."""
-    cdef const pe_kernels *simd = kernels()
     cdef const PageLayout *layout = &a.layout
-    cdef int64_t d = layout.head_dim, width = layout.value_width, first, last, block, i, start, n
-    bounds(segment, index, &first, &last)
+    cdef int64_t d = layout.head_dim, width = layout.value_width, first, end, block, i, start
+    bounds(segment, index, &first, &end)
     cdef int64_t row = segment.row + first - segment.position, last_block = first // PE_PAGE
     cdef int64_t kv_head = head // (a.n_head // layout.n_kv_head)
-    cdef Tile tile = tile_in(layout, scratch)
-    cdef char *keys
-    cdef bint streaming  # decoding waits for memory: what comes next is fetched meanwhile
-    tile.q, tile.stride, tile.n_query = qkv + row * stride + head * d, stride, last - first + 1
-    streaming = tile.n_query == 1
+    cdef Tile tile = tile_in(layout, scratch), part
+    tile.q, tile.stride, tile.n_query = qkv + row * stride + head * d, stride, end - first
     memset(tile.sums, 0, tile.n_query * width * sizeof(float))
     memset(tile.states, 0, tile.n_query * STATE * sizeof(float))
     for i in range(tile.n_query):
         tile.states[i * STATE] = -INFINITY
         if layout.dtype == KV_BFLOAT16:
-            simd.narrow_bf16(tile.q + i * stride, d, tile.q_bf16 + i * width)
-    for block in range(last_block + 1):
-        start = block * PE_PAGE
-        keys = keys_of(layout, segment.pages[block], a.layer, kv_head)
-        n = min(<int64_t>PE_PAGE, last + 1 - start)
-        if streaming and block < last_block:
+            kernels().narrow_bf16(tile.q + i * stride, d, tile.q_bf16 + i * width)
+    for block in range(last_block):
+        if tile.n_query == 1:  # decoding waits for memory: what comes next is fetched meanwhile
             prefetch(layout, keys_of(layout, segment.pages[block + 1], a.layer, kv_head),
-                     min(<int64_t>PE_PAGE, last + 1 - start - PE_PAGE))
-        elif then != NULL:
-            prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
-                     min(<int64_t>PE_PAGE, then.position + 1))
-        score(layout, &tile, keys, n)
-        for i in range(tile.n_query):
-            tile.decay[i] = simd.softmax_block(tile.weights + i * PE_PAGE, min(<int64_t>PE_PAGE, first + i + 1 - start), a.scale,
-                                               tile.states + i * STATE, tile.weights + i * PE_PAGE)
-        if block < last_block:
-            add_values(layout, &tile, keys, PE_PAGE, 0)
-        else:
-            add_values(layout, &tile, keys, first + 1 - start, 1)
+                     min(<int64_t>PE_PAGE, end - (block + 1) * PE_PAGE))
+        meet(a, &tile, keys_of(layout, segment.pages[block], a.layer, kv_head), PE_PAGE, 0)
+    if then != NULL:
+        prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
+                 min(<int64_t>PE_PAGE, then.position + 1))
+    start = first - last_block * PE_PAGE
+    i = 0
+    while i < tile.n_query:  # few at a time, since they don't see what lies behind them
+        part = part_of(layout, &tile, i, min(<int64_t>STEP, tile.n_query - i))
+        meet(a, &part, keys_of(layout, segment.pages[last_block], a.layer, kv_head), start + i + 1, 1)
+        i += STEP
     for i in range(tile.n_query):
-        simd.softmax_end(tile.states + i * STATE, tile.sums + i * width, width)
+        kernels().softmax_end(tile.states + i * STATE, tile.sums + i * width, width)
         memcpy(out + (row + i) * out_stride + head * d, tile.sums + i * width, d * sizeof(float))
 
 
