@@ -41,6 +41,8 @@ uint32_t pe_cpu_features(void)
         cpuid(7, 1, r);
         if (zmm && has(r[0], 5))
             features |= PE_CPU_AVX512_BF16;
+        if (ymm && has(r[0], 4))
+            features |= PE_CPU_AVX_VNNI;
     }
     return features;
 }

@@ -28,7 +28,8 @@ enum {
     PE_CPU_AVX512 = 1 << 1,      /* AVX-512 F, BW, VL, DQ */
     PE_CPU_AVX512_VNNI = 1 << 2, /* AVX-512 VNNI */
     PE_CPU_NEON_DOT = 1 << 3,    /* Advanced SIMD with the dot product extension */
-    PE_CPU_AVX512_BF16 = 1 << 4  /* AVX-512 BF16 */
+    PE_CPU_AVX512_BF16 = 1 << 4, /* AVX-512 BF16 */
+    PE_CPU_AVX_VNNI = 1 << 5     /* VNNI in its VEX form: 256 bits, without AVX-512 */
 };
 
 typedef enum {

@@ -13,6 +13,7 @@ cdef extern from "kernels.h" nogil:
         PE_CPU_AVX512_VNNI
         PE_CPU_NEON_DOT
         PE_CPU_AVX512_BF16
+        PE_CPU_AVX_VNNI
 
     ctypedef enum pe_activation:
         PE_ACT_NONE

@@ -7,7 +7,8 @@ The only module that links csrc.
 import os
 
 from .kernels cimport (
-    PE_CPU_AVX2_FMA, PE_CPU_AVX512, PE_CPU_AVX512_BF16, PE_CPU_AVX512_VNNI, PE_CPU_NEON_DOT, pe_cpu_features, pe_kernels, pe_level,
+    PE_CPU_AVX2_FMA, PE_CPU_AVX512, PE_CPU_AVX512_BF16, PE_CPU_AVX512_VNNI, PE_CPU_AVX_VNNI, PE_CPU_NEON_DOT, pe_cpu_features,
+    pe_kernels, pe_level,
 )
 
 from ..errors import ArgumentError
@@ -15,6 +16,7 @@ from ..errors import ArgumentError
 FEATURES = {
     "avx2+fma": PE_CPU_AVX2_FMA,
     "avx512f/bw/vl/dq": PE_CPU_AVX512,
+    "avx_vnni": PE_CPU_AVX_VNNI,
     "avx512_vnni": PE_CPU_AVX512_VNNI,
     "avx512_bf16": PE_CPU_AVX512_BF16,
     "neon dotprod": PE_CPU_NEON_DOT,
