@@ -258,7 +258,7 @@ def test_exp(level: str) -> None:
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 63, 64, 65, 66, 100, 127, 128, 129, 200])
 def test_attention(level: str, n: int) -> None:
     rng = np.random.default_rng(n)
-    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64)):
+    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64), (2, 1, 17)):
         qkv = rng.standard_normal((n, (n_head + 2 * n_kv_head) * head_dim)).astype(np.float32) * 2
         exact = reference.attention(qkv.astype(np.float64), n_head, n_kv_head, head_dim, head_dim**-0.5)
         np.testing.assert_allclose(attention(qkv, n_head, n_kv_head, head_dim, head_dim**-0.5, 2), exact, atol=2e-5)
@@ -269,7 +269,7 @@ def test_attention(level: str, n: int) -> None:
 def test_attention_of_a_kv_dtype(level: str, n: int, kv_dtype: str) -> None:
     """To the bit the same for rounded keys and values (in int8 that of float32), and as exact as their rounding."""
     rng = np.random.default_rng(n)
-    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64)):
+    for n_head, n_kv_head, head_dim in ((2, 2, 16), (4, 2, 20), (3, 1, 64), (2, 1, 17)):
         q = rng.standard_normal((n, n_head, head_dim)).astype(np.float32)
         kv = rng.standard_normal((n, 2 * n_kv_head, head_dim)).astype(np.float32) * 2
         stored = reference.as_stored(kv, kv_dtype)
