@@ -125,7 +125,6 @@ cdef void attend(Worker *worker, const Attention *attention, const float *qkv, i
     """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
     items that follow each other: of one sequence and one head first, so that its keys are still in the cache."""
     cdef int64_t n_item = 0, unit, run, item, s, before = 0, n, head, tile
-    cdef const Segment *segment
     cdef const Segment *then
     cdef bint storing = each_stores_its_own(attention, segments, n_segment)
     if not storing:
@@ -136,10 +135,6 @@ cdef void attend(Worker *worker, const Attention *attention, const float *qkv, i
     s = 0
     unit = claim(worker, (n_item + run - 1) // run)
     while unit >= 0:
-        if storing:  # all first: a vector can't be read as long as a part of it is on its way to the cache
-            for item in range(unit * run, min((unit + 1) * run, n_item)):
-                segment = &segments[item // attention.n_head]
-                store_rows(attention, qkv, stride, segment, segment.position, 1, item % attention.n_head, scratch)
         for item in range(unit * run, min((unit + 1) * run, n_item)):
             n = n_tile_of(&segments[s])
             while item - before >= n * attention.n_head:
@@ -149,6 +144,8 @@ cdef void attend(Worker *worker, const Attention *attention, const float *qkv, i
             head = (item - before) // n
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
             then = NULL
+            if storing:
+                store_rows(attention, qkv, stride, &segments[s], segments[s].position, 1, head, scratch)
             if storing and item + 1 < min((unit + 1) * run, n_item):
                 then = &segments[(item + 1) // attention.n_head]
             attend_tile(attention, qkv, stride, &segments[s], tile, head, then, scratch, out, out_stride)
