@@ -123,8 +123,8 @@ typedef struct pe_kernels {
                         int64_t n_panel, const pe_output *out);
 
     /* The same with int4: integers are exact; part = sum over the groups of weights in a group of activations of
-     * w.scale * (sum of q * code's value), by FMA, ascending from 0; offset likewise, of the code's values alone; accumulator =
-     * x.scale * (part + x.offset * offset) + accumulator, two FMA; then product = accumulator + bias[n]. */
+     * w.scale * (sum of q * code's value), by FMA, ascending from 0; weight_sum likewise, of the code's values alone;
+     * accumulator = x.scale * (part + x.offset * weight_sum) + accumulator, two FMA; then product = accumulator + bias[n]. */
     void (*matmul_q4)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out);
 

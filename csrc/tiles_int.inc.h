@@ -167,10 +167,10 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
     for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
         PE_ALIGNED float part[12 * 4 * PE_LANES];
-        vf offset[4];
+        vf weight_sum[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            offset[p] = vf_set(0.0f);
+            weight_sum[p] = vf_set(0.0f);
         for (int i = 0; i < rows * panels; i++)
             vf_store(part + i * PE_LANES, vf_set(0.0f));
         for (int64_t i = first; i < last; i++) {
@@ -180,7 +180,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
-                offset[p] = vf_mad(scale, vi_to_float(column_sum[p]), offset[p]);
+                weight_sum[p] = vf_mad(scale, vi_to_float(column_sum[p]), weight_sum[p]);
                 PE_UNROLL
                 for (int r = 0; r < rows; r++) {
                     float *sum = part + (r * panels + p) * PE_LANES;
@@ -190,11 +190,11 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]), shift = vf_set((float)x->offset[r * x_groups + g]);
+            const vf scale = vf_set(x->scale[r * x_groups + g]), offset = vf_set((float)x->offset[r * x_groups + g]);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 float *sum = sums + (r * panels + p) * PE_LANES;
-                const vf centred = vf_mad(shift, offset[p], vf_load(part + (r * panels + p) * PE_LANES));
+                const vf centred = vf_mad(offset, weight_sum[p], vf_load(part + (r * panels + p) * PE_LANES));
                 vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
             }
         }
