@@ -19,16 +19,20 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .generation import Completion, Piece, Score, Usage
+    from .completion import Completion, Piece, Usage
     from .model import Model, load
+    from .runner import Request
     from .sampling import SamplingParams, TokenLogprob
+    from .scoring import Score
 else:
     # Imported when first used: the engine takes a fifth of a second, and can fail, as where PYENGINE_ISA names no SIMD
     # level; the command line, which is in this package, gets the chance to say so in one line.
     _MODULES = {
-        "generation": ("Completion", "Piece", "Score", "Usage"),
+        "completion": ("Completion", "Piece", "Usage"),
         "model": ("Model", "load"),
+        "runner": ("Request",),
         "sampling": ("SamplingParams", "TokenLogprob"),
+        "scoring": ("Score",),
     }
 
     def __getattr__(name):
@@ -54,6 +58,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "Piece",
+    "Request",
     "SamplingParams",
     "Score",
     "TokenLogprob",

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._native.sampling import Workspace
+from .completion import Completion, Usage
 from .errors import ArgumentError
 from .executor import Executor, Rows
-from .generation import Completion, Request, Usage
-from .kv import Sequence
+from .generation import Job
+from .kv import PAGE, Sequence
 from .sampling import Penalties, TokenLogprob, token_logprob
+from .scheduler import Floats, Task
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class BeamSearch:
     `n_max` is the most tokens of a text.
     """
 
-    def __init__(self, request: Request, n_max: int) -> None:
-        self.params = request.params
-        self.stop_ids = request.stop_ids
+    def __init__(self, job: Job, n_max: int) -> None:
+        self.params = job.params
+        self.stop_ids = job.stop_ids
         self.n_max = n_max
         self.beams = [Beam(0.0)]
         self.finished: list[Beam] = []  # the best num_beams, the best first; score is divided by the length penalty
@@ -89,49 +91,104 @@ class BeamSearch:
         return score / math.pow(n_tokens, self.params.length_penalty)
 
 
-def beam_search(executor: Executor, request: Request) -> list[Completion]:
-    """The num_return_sequences best texts that a search with num_beams beams finds, the best first, with their scores.
+class BeamGeneration(Task):
+    """A prompt and the search for its num_return_sequences best texts, the best first, with their scores.
 
-    What ends a text: `request.stop_ids`, max_new_tokens or the end of the context. Raises `ArgumentError`,
-    `NonFiniteError` for logits that can't be used, or what `Executor.step` raises.
-
-    >>> beam_search(executor, Request(prompt_ids, SamplingParams(num_beams=4)))[0].score
+    What ends a text: `job.stop_ids`, max_new_tokens or the end of the context. All beams are in one step.
     """
-    called = time.perf_counter()
-    request.check(executor)
-    params, n_prompt = request.params, len(request.prompt_ids)
-    search = BeamSearch(request, min(params.max_new_tokens, executor.max_seq_len - n_prompt + 1))
-    if search.n_candidates > executor.vocab_size or params.num_beams > executor.max_rows:
-        most = min(executor.vocab_size * params.num_beams // search.n_candidates, executor.max_rows)
-        raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
-    work = Workspace(executor.vocab_size)
-    penalties = Penalties(params, request.prompt_ids)
-    sequences = [executor.new_sequence()]
-    try:
-        logits = prefill(executor, sequences[0], request.prompt_ids)
-        first_token = time.perf_counter()
-        parents = search.advance(_candidates(search, work, penalties, logits))
-        while parents is not None:
-            reorder(sequences, parents)
-            last = [np.array([beam.tokens[-1].token_id], np.int32) for beam in search.beams]
-            logits = executor.step([Rows(sequence, ids) for sequence, ids in zip(sequences, last, strict=True)])
-            parents = search.advance(_candidates(search, work, penalties, logits))
-    finally:
-        for sequence in sequences:
+
+    def __init__(self, executor: Executor, job: Job, work: Workspace | None = None) -> None:
+        job.check(executor)
+        params, n_prompt = job.params, len(job.prompt_ids)
+        super().__init__(params.num_beams)
+        self.executor = executor
+        self.job = job
+        self.work = work or Workspace(executor.vocab_size)
+        self.search = BeamSearch(job, min(params.max_new_tokens, executor.max_seq_len - n_prompt + 1))
+        if self.search.n_candidates > executor.vocab_size or params.num_beams > executor.max_rows:
+            most = min(executor.vocab_size * params.num_beams // self.search.n_candidates, executor.max_rows)
+            raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
+        self.penalties = Penalties(params, job.prompt_ids)
+        self.sequences = [executor.new_sequence()]
+        self.pending = [job.prompt_ids]  # of each beam, the tokens whose keys and values aren't stored yet
+        self.logits: dict[int, Floats] = {}  # of the beams that have run their last token
+        self.searching = True
+        self.started = self.last_token = self.called
+        self.first_token = 0.0
+
+    def start(self) -> None:
+        for i, (beam, sequence) in enumerate(zip(self.search.beams, self.sequences, strict=True)):
+            generated = np.array([token.token_id for token in beam.tokens], np.int32)
+            token_ids = np.concatenate([self.job.prompt_ids, generated])
+            self.pending[i] = token_ids[sequence.reuse(token_ids) :]
+        if not self.search.beams[0].tokens:
+            self.started = time.perf_counter()
+
+    @property
+    def n_pending(self) -> int:
+        return sum(len(token_ids) for token_ids in self.pending)
+
+    @property
+    def decoding(self) -> bool:
+        return bool(self.search.beams[0].tokens) and all(len(token_ids) == 1 for token_ids in self.pending)
+
+    @property
+    def n_page_most(self) -> int:
+        shared = len(self.job.prompt_ids) // PAGE
+        return shared + self.n_place * (-(-self.job.n_position(self.executor) // PAGE) - shared)
+
+    def plan(self, n: int) -> list[Rows]:
+        planned = []
+        for sequence, token_ids in zip(self.sequences, self.pending, strict=True):
+            part = token_ids[:n]
+            if len(part):
+                planned.append(Rows(sequence, part, int(len(part) == len(token_ids))))
+                n -= len(part)
+        return planned
+
+    def advance(self, rows: list[Rows], logits: Floats) -> None:
+        index = {id(sequence): i for i, sequence in enumerate(self.sequences)}
+        first = 0
+        for ran in rows:
+            i = index[id(ran.sequence)]
+            self.pending[i] = self.pending[i][len(ran.token_ids) :]
+            if ran.n_logits:
+                self.logits[i] = logits[first]
+                first += 1
+        if self.n_pending:
+            return
+        in_order = [self.logits[i] for i in range(len(self.sequences))]
+        self.logits.clear()
+        parents = self.search.advance(_candidates(self.search, self.work, self.penalties, in_order))
+        self.last_token = time.perf_counter()
+        self.first_token = self.first_token or self.last_token
+        if parents is None:
+            self.searching = False
+            return
+        reorder(self.sequences, parents)
+        self.pending = [np.array([beam.tokens[-1].token_id], np.int32) for beam in self.search.beams]
+
+    @property
+    def finished(self) -> bool:
+        return not self.searching
+
+    def pause(self) -> None:
+        self.logits.clear()
+        for sequence in self.sequences:
             sequence.close()
-    seconds = (first_token - called, first_token - called, time.perf_counter() - first_token)
-    return [
-        _completion(request, beam, Usage(n_prompt, len(beam.tokens), *seconds))
-        for beam in search.finished[: params.num_return_sequences]
-    ]
 
-
-def prefill(executor: Executor, sequence: Sequence, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Runs a prompt in chunks; returns the logits of its last token, float32 [1, vocab_size]."""
-    for start in range(0, len(token_ids), executor.max_rows):
-        chunk = token_ids[start : start + executor.max_rows]
-        logits = executor.step([Rows(sequence, chunk, int(start + len(chunk) == len(token_ids)))])
-    return logits
+    def completions(self) -> list[Completion]:
+        """The best texts, the best first."""
+        seconds = (
+            self.first_token - self.called,
+            self.first_token - self.started,
+            self.last_token - self.first_token,
+        )
+        n_prompt = len(self.job.prompt_ids)
+        return [
+            _completion(self.job, beam, Usage(n_prompt, len(beam.tokens), *seconds))
+            for beam in self.search.finished[: self.job.params.num_return_sequences]
+        ]
 
 
 def reorder(sequences: list[Sequence], parents: list[int]) -> None:
@@ -152,9 +209,9 @@ def reorder(sequences: list[Sequence], parents: list[int]) -> None:
 
 
 def _candidates(
-    search: BeamSearch, work: Workspace, penalties: Penalties, logits: NDArray[np.float32]
+    search: BeamSearch, work: Workspace, penalties: Penalties, logits: SequenceOf[Floats]
 ) -> list[Candidate]:
-    """The best continuations of the beams, the best first, given their logits, [n_beams, vocab_size]."""
+    """The best continuations of the beams, the best first, given the logits of each, float32 [vocab_size]."""
     totals = [work.logsumexp(row) for row in logits]
     found: list[tuple[float, int, int]] = []  # score, parent, token_id
     for parent, (beam, row, total) in enumerate(zip(search.beams, logits, totals, strict=True)):
@@ -172,11 +229,11 @@ def _candidates(
     ]
 
 
-def _completion(request: Request, beam: Beam, usage: Usage) -> Completion:
+def _completion(job: Job, beam: Beam, usage: Usage) -> Completion:
     token_ids = [token.token_id for token in beam.tokens]
-    stopped = token_ids[-1] in request.stop_ids
+    stopped = token_ids[-1] in job.stop_ids
     text = ""
-    if request.tokenizer:
-        stream = request.tokenizer.stream()
+    if job.tokenizer:
+        stream = job.tokenizer.stream()
         text = "".join([stream.push(token_id) for token_id in token_ids[: len(token_ids) - stopped]]) + stream.flush()
     return Completion(text, token_ids, "stop" if stopped else "length", list(beam.tokens), usage, beam.score)

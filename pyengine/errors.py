@@ -30,3 +30,7 @@ class OutOfMemoryError(Error, MemoryError):
 
 class NonFiniteError(Error, ArithmeticError):
     """The model produced NaN or infinite logits."""
+
+
+class StepStopped(Error):
+    """A step of the executor was stopped from another thread; no sequence has changed."""

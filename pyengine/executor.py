@@ -18,7 +18,7 @@ from ._native import simd
 from ._native.engine import Engine
 from ._native.matmul import PackedMatrix
 from .errors import ArgumentError
-from .kv import KVPool, Sequence
+from .kv import UNLIMITED, KVPool, Sequence
 from .plan import Attend, Embed, Linear, Norm, PickRows, Plan
 
 Floats = npt.NDArray[np.float32]
@@ -45,13 +45,15 @@ class Executor:
         vectors: Mapping[str, Floats],
         kv_dtype: str,
         threads: int,
+        kv_pages: int = UNLIMITED,
+        prefix_cache: bool = True,
     ) -> None:
         self.plan = plan
         self.threads = threads
         self.simd = simd.active()
         self.max_seq_len = plan.max_seq_len
         self.vocab_size = plan.vocab_size
-        self.pool = KVPool(plan, kv_dtype)
+        self.pool = KVPool(plan, kv_dtype, kv_pages, prefix_cache)
         self._lock = threading.Lock()
         self._engine = native(plan, matrices, vectors, self.pool, threads)
 
@@ -63,8 +65,9 @@ class Executor:
         """Appends the rows' tokens to their sequences; returns the logits that are wanted, in order.
 
         The logits are float32 [sum of n_logits, vocab_size], the caller's own. A sequence may occur once.
-        Raises ArgumentError for token ids out of range, too many rows or a full context, and lets KeyboardInterrupt
-        through; then no sequence has changed.
+        KV pages that aren't reserved are taken, beyond the pool's capacity if need be.
+        Raises ArgumentError for token ids out of range, too many rows or a full context, StepStopped after `stop`, and
+        lets KeyboardInterrupt through; then no sequence has changed.
         """
         n_row = sum(len(r.token_ids) for r in rows)
         if n_row > self.max_rows:
@@ -90,8 +93,12 @@ class Executor:
             tables = [r.sequence.table for r in rows]
             logits: Floats = self._engine.step(token_ids, spans, tables, np.array(picked, np.int32))
             for r in rows:
-                r.sequence.length += len(r.token_ids)
+                r.sequence.extend(r.token_ids)
             return logits
+
+    def stop(self) -> None:
+        """Ends the step that another thread runs, or else the next one, within an operation of it."""
+        self._engine.stop()
 
 
 def native(

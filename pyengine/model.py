@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from importlib import resources
 from numbers import Integral
 from os import PathLike
@@ -14,17 +16,24 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import beam, generation
 from ._native.matmul import DTYPES
-from ._native.pages import KV_DTYPES
+from ._native.pages import KV_DTYPES, KVLayout
+from ._native.sampling import Workspace
 from .architectures import architecture_of
+from .beam import BeamGeneration
 from .checkpoint import Checkpoint, bind, read_json
+from .completion import Completion, Piece
 from .cost import Cost, cost, default_kv_dtype
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
-from .generation import Piece, Request, Score
+from .generation import Generation, Job, check_token_ids
+from .kv import PAGE
+from .memory import choose_pages
 from .plan import Plan
+from .runner import Request, Runner, Stream, wait_all
 from .sampling import SamplingParams
+from .scheduler import Scheduler, Stats, stats
+from .scoring import Logits, Score, Scoring
 from .threads import choose_threads
 from .tokenizer import Tokenizer
 from .weights import load_weights
@@ -43,6 +52,10 @@ def load(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     kv_dtype: KVDtype | None = None,
+    max_batch: int = 32,
+    step_tokens: int = 128,
+    kv_memory: int | None = None,
+    prefix_cache: bool = True,
 ) -> Model:
     """Loads a model from a Hugging Face checkpoint, as it is: a folder, "demo" (the bundled one), or a model id of
     the hub.
@@ -56,6 +69,13 @@ def load(
     kv_dtype is what the cache keeps keys and values in: "float32" (the default for a float32 model), "bfloat16" (half
     the memory, and attention's products in bfloat16; the default for all others), or "int8" (little more than a fourth
     of the memory, a scale for each position and head; attention computes in float32).
+
+    All that is asked of a model at one time runs as one batch. max_batch is how many sequences run at once.
+    step_tokens is how many tokens a step takes while a text is being generated: long prompts are cut into pieces by
+    it, so that other texts keep their pace; more is faster for prompts. kv_memory is the most memory, in bytes, that
+    keys and values of requests and of the prefix cache take: by default that of max_batch sequences of the whole
+    context, but at most half of what is left. prefix_cache keeps the keys and values of what has run, as far as there
+    is room, so that a prompt that starts the same doesn't run again.
 
     A model id, such as "openai-community/gpt2", needs the extra `hub` and is downloaded by huggingface_hub into its
     cache. Raises CheckpointError and CheckpointFileError for what is wrong with the checkpoint, ArgumentError for the
@@ -79,8 +99,11 @@ def load(
         eos_token_ids = _eos_token_ids(folder, checkpoint.config, plan.vocab_size)
         tokenizer = Tokenizer.from_folder(folder, plan.vocab_size)
         matrices, vectors = load_weights(checkpoint, tensors, plan, dtype, n_threads, progress)
-    executor = Executor(plan, matrices, vectors, kv_dtype, n_threads)
-    return Model(checkpoint.config, dtype, executor, tokenizer, eos_token_ids)
+    page_nbytes = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim, kv_dtype).page_nbytes
+    pages = choose_pages(kv_memory, page_nbytes, -(-plan.max_seq_len // PAGE), max_batch)
+    executor = Executor(plan, matrices, vectors, kv_dtype, n_threads, pages, prefix_cache)
+    scheduler = Scheduler(executor, max_batch, step_tokens)
+    return Model(checkpoint.config, dtype, scheduler, tokenizer, eos_token_ids)
 
 
 def plan_of(model: str | PathLike[str]) -> Plan:
@@ -136,7 +159,7 @@ def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
 
 
 class Model:
-    """A model in memory. Made by `load`. Calls of several threads wait for each other step by step.
+    """A model in memory. Made by `load`. Any thread may call it at any time: what runs at one time runs as one batch.
 
     config is the checkpoint's config.json; tokenizer has encode(text) -> list[int] and decode(token_ids) -> str, or is
     None where the checkpoint has none (token ids can be used then).
@@ -146,17 +169,19 @@ class Model:
         self,
         config: dict[str, Any],
         dtype: str,
-        executor: Executor,
+        scheduler: Scheduler,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.kv_dtype = executor.pool.dtype
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self.executor = executor
-        self.plan = executor.plan
+        self.executor = scheduler.executor
+        self.kv_dtype = self.executor.pool.dtype
+        self.plan = self.executor.plan
+        self.runner = Runner(scheduler)
+        self._work = Workspace(self.plan.vocab_size)  # for the thread that steps
 
     def __repr__(self) -> str:
         return f"<pyengine.Model {self.plan.model_type}, {self.cost.n_parameter:,} parameters, {self.dtype}>"
@@ -219,28 +244,51 @@ class Model:
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
-        try:
-            is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
-        except (TypeError, LookupError):
-            expected = "a str, a list of token ids, or a list of either"
-            raise ArgumentTypeError(f"prompt: expected {expected}, got {type(prompt).__name__}") from None
-        if is_batch:
-            prompts = cast("SequenceOf[Prompt]", prompt)
-            requests = [self._request(one, params, f"prompt[{i}]") for i, one in enumerate(prompts)]
-        else:
-            requests = [self._request(cast("Prompt", prompt), params)]
-        if num_beams > 1:
-            for request in requests:
-                request.check(self.executor)
-            completions = [beam.beam_search(self.executor, request) for request in requests]
-        else:
-            completions = generation.complete(self.executor, requests)
-        results = [found if num_return_sequences > 1 else found[0] for found in completions]
-        return results if is_batch else results[0]
+        prompts = self._prompts(prompt)
+        if prompts is None:
+            return self._submit(self._task(cast("Prompt", prompt), params)).wait()
+        with self._all(prompts, params) as requests:
+            return wait_all(requests)
 
-    def stream(self, prompt: Prompt, **params: Any) -> Iterator[Piece]:
+    def submit(self, prompt: Prompt, **params: Any) -> Request[Any]:
+        """Begins to continue one prompt, and returns at once; takes the arguments of `generate`.
+
+        The request is a future: `result()` is what `generate` returns; iterating gives the pieces that `stream` yields.
+        It joins what runs already. Raises ArgumentError for a request that could never run, as for want of kv_memory.
+
+        >>> requests = [model.submit(prompt, seed=1) for prompt in prompts]
+        >>> texts = [request.result().text for request in requests]
+        """
+        return self._submit(self._task(prompt, SamplingParams(**params)))
+
+    async def agenerate(self, prompt: Prompt | SequenceOf[Prompt], **params: Any) -> Any:
+        """`generate` for an event loop, which goes on meanwhile; cancelling the task cancels the request.
+
+        >>> completion = await model.agenerate("Once upon a time")
+        """
+        prompts = self._prompts(prompt)
+        sampling = SamplingParams(**params)
+        if prompts is None:
+            return await asyncio.wrap_future(self._submit(self._task(cast("Prompt", prompt), sampling)))
+        with self._all(prompts, sampling) as requests:
+            return await asyncio.gather(*map(asyncio.wrap_future, requests))
+
+    async def astream(self, prompt: Prompt, **params: Any) -> AsyncIterator[Piece]:
+        """`stream` for an event loop; leaving the loop cancels the request.
+
+        >>> async for piece in model.astream("Once upon a time"):
+        ...     print(piece.text, end="", flush=True)
+        """
+        request = self._stream(prompt, params)
+        try:
+            async for piece in request:
+                yield piece
+        finally:
+            request.cancel()
+
+    def stream(self, prompt: Prompt, **params: Any) -> Stream:
         """Continues one prompt and yields each token as it comes; takes the arguments of `generate`, but for beams
-        and samples.
+        and samples. Closing or dropping the iterator ends the generation.
 
         A piece has text (which may be empty: no half character is ever shown), token_id, logprob, top_logprobs, and
         finish_reason in the last one.
@@ -248,12 +296,7 @@ class Model:
         >>> for piece in model.stream("Once upon a time", seed=1):
         ...     print(piece.text, end="", flush=True)
         """
-        sampling = SamplingParams(**params)
-        for name in ("num_beams", "num_return_sequences"):
-            if getattr(sampling, name) != 1:
-                raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
-        pieces = generation.run(self.executor, [self._request(prompt, sampling)])
-        return (piece for _, piece in pieces)
+        return Stream(self._stream(prompt, params))
 
     def score(self, text: Prompt, stride: int | None = None) -> Score:
         """How probable a text is: the log-probability of each token given those before it, and the perplexity.
@@ -263,11 +306,22 @@ class Model:
 
         >>> model.score("It was a dark and stormy night").perplexity
         """
-        return generation.score(self.executor, self.token_ids(text, "text").tolist(), stride)
+        scoring = Scoring(self.executor, self.token_ids(text, "text"), stride)
+        return self.runner.submit(scoring, scoring.score).wait()
 
     def logits(self, text: Prompt) -> NDArray[np.float32]:
         """The logits of the next token at every position of a text: float32 [n, vocab_size]."""
-        return generation.logits(self.executor, self.token_ids(text, "text").tolist())
+        reading = Logits(self.executor, self.token_ids(text, "text"))
+        return self.runner.submit(reading, lambda: reading.logits).wait()
+
+    @property
+    def stats(self) -> Stats:
+        """What runs, and how the pool of KV pages is used, at this moment."""
+        return stats(self.runner.scheduler)
+
+    def close(self) -> None:
+        """Cancels all requests and ends the thread that runs them; the model can't be used any more."""
+        self.runner.close()
 
     def token_ids(self, text: Prompt, name: str = "prompt") -> NDArray[np.int32]:
         """The token ids of a text or a list of them, checked: int32 [n], n > 0. `name` is the argument that errors
@@ -276,12 +330,49 @@ class Model:
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ArgumentError(f"{name}: expected token ids, got text: the checkpoint has no tokenizer")
-            ids = generation.check_token_ids(name, self.tokenizer.encode(text), self.plan.vocab_size)
+            ids = check_token_ids(name, self.tokenizer.encode(text), self.plan.vocab_size)
         else:
-            ids = generation.check_token_ids(name, text, self.plan.vocab_size)
+            ids = check_token_ids(name, text, self.plan.vocab_size)
         if len(ids) == 0:
             raise ArgumentError(f"{name}: expected at least one token, got an empty one")
         return ids
 
-    def _request(self, prompt: Prompt, params: SamplingParams, name: str = "prompt") -> Request:
-        return Request(self.token_ids(prompt, name), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
+    @staticmethod
+    def _prompts(prompt: object) -> SequenceOf[Prompt] | None:
+        """The prompts, if it is a list of them and not one."""
+        try:
+            one = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], Integral)  # type: ignore[arg-type, index]
+        except (TypeError, LookupError):
+            expected = "a str, a list of token ids, or a list of either"
+            raise ArgumentTypeError(f"prompt: expected {expected}, got {type(prompt).__name__}") from None
+        return None if one else cast("SequenceOf[Prompt]", prompt)
+
+    def _stream(self, prompt: Prompt, params: Mapping[str, Any]) -> Request[Any]:
+        sampling = SamplingParams(**params)
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(sampling, name) != 1:
+                raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
+        return self._submit(self._task(prompt, sampling))
+
+    @contextmanager
+    def _all(self, prompts: SequenceOf[Prompt], params: SamplingParams) -> Iterator[list[Request[Any]]]:
+        """The requests of a list, none of which outlives the block: if one fails, the others are cancelled."""
+        tasks = [self._task(one, params, f"prompt[{i}]") for i, one in enumerate(prompts)]
+        requests: list[Request[Any]] = []
+        try:
+            requests += map(self._submit, tasks)
+            yield requests
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def _task(self, prompt: Prompt, params: SamplingParams, name: str = "prompt") -> Generation | BeamGeneration:
+        job = Job(self.token_ids(prompt, name), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
+        return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work)
+
+    def _submit(self, task: Generation | BeamGeneration) -> Request[Any]:
+        def result() -> Completion | list[Completion]:
+            completions = task.completions()
+            return completions if len(completions) > 1 else completions[0]
+
+        return self.runner.submit(task, result)

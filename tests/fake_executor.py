@@ -1,4 +1,4 @@
-"""An executor without a model: logits from a table of random numbers for the last two tokens."""
+"""An executor without a model: logits from a table of random numbers for the last two tokens; and what drives it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,41 @@ from typing import Any
 import numpy as np
 
 from pyengine.executor import Rows
+from pyengine.kv import UNLIMITED
+from pyengine.scheduler import Scheduler, Task
+
+
+class FakePool:
+    """Has room for everything."""
+
+    capacity = n_available = UNLIMITED
 
 
 class FakeSequence:
-    """Keeps its tokens; the executor counts the open ones."""
+    """Keeps its tokens; the executor counts those that have any."""
 
     def __init__(self, executor: FakeExecutor, token_ids: SequenceOf[int] = ()) -> None:
         self.executor = executor
         self.token_ids = list(token_ids)
-        self.open = True
-        executor.n_open += 1
+        executor.sequences.append(self)
 
     @property
     def length(self) -> int:
         return len(self.token_ids)
 
+    def reserve(self, n: int, within: bool) -> None:
+        pass
+
+    def reuse(self, token_ids: Any) -> int:
+        assert not self.token_ids
+        return 0
+
     def fork(self) -> FakeSequence:
-        assert self.open
         self.executor.n_fork += 1
         return FakeSequence(self.executor, self.token_ids)
 
     def close(self) -> None:
-        self.executor.n_open -= self.open
-        self.open = False
+        self.token_ids.clear()
 
 
 class FakeExecutor:
@@ -47,20 +59,25 @@ class FakeExecutor:
         self.vocab_size, self.max_seq_len, self.max_rows = vocab_size, max_seq_len, max_rows
         self.table = 2.0 * np.random.default_rng(7).standard_normal((vocab_size + 1, vocab_size, vocab_size))
         self.logits_of = logits_of or self.from_table
-        self.n_open = self.n_fork = 0
+        self.sequences: list[FakeSequence] = []
+        self.n_fork = 0
         self.steps: list[list[int]] = []  # rows of each sequence in each step
         self.fail_at: int | None = None  # the step that raises `error`
         self.error: BaseException = KeyboardInterrupt()
-        self.logits = np.empty((0, vocab_size), np.float32)
+        self.pool = FakePool()
 
     def from_table(self, token_ids: list[int]) -> Any:
         return self.table[[self.vocab_size, *token_ids[:-1]], token_ids]
+
+    @property
+    def n_open(self) -> int:
+        """Sequences that hold something."""
+        return sum(sequence.length > 0 for sequence in self.sequences)
 
     def new_sequence(self) -> FakeSequence:
         return FakeSequence(self)
 
     def step(self, rows: SequenceOf[Rows]) -> Any:
-        self.logits.fill(np.nan)  # the last step's are no longer valid
         if self.fail_at == len(self.steps):
             raise self.error
         self.steps.append([len(r.token_ids) for r in rows])
@@ -69,14 +86,13 @@ class FakeExecutor:
         found = []
         for r in rows:
             sequence: Any = r.sequence
-            assert sequence.open and r.token_ids.dtype == np.int32
+            assert r.token_ids.dtype == np.int32
             sequence.token_ids += r.token_ids.tolist()
             assert sequence.length <= self.max_seq_len
             found += list(self.logits_of(sequence.token_ids)[sequence.length - r.n_logits :])
         padded = np.empty((len(found), self.vocab_size + 3), np.float32)  # as the engine's: rows lie further apart
-        self.logits = padded[:, : self.vocab_size]
-        self.logits[:] = np.array(found).reshape(-1, self.vocab_size)
-        return self.logits
+        padded[:, : self.vocab_size] = np.array(found).reshape(-1, self.vocab_size)
+        return padded[:, : self.vocab_size]
 
 
 class LetterTokenizer:
@@ -115,3 +131,19 @@ def saying(text: str | bytes) -> FakeExecutor:
         return logits
 
     return FakeExecutor(256, 1000, logits_of=logits_of)
+
+
+def drive(executor: Any, tasks: SequenceOf[Task], max_batch: int | None = None, step_tokens: int | None = None) -> None:
+    """Runs tasks to their end; raises what one of them ended with."""
+    scheduler = Scheduler(executor, min(max_batch or 32, executor.max_rows), step_tokens or executor.max_rows)
+    try:
+        for task in tasks:
+            scheduler.check(task)
+            scheduler.add(task)
+        while scheduler.busy:
+            scheduler.step()
+    finally:
+        scheduler.close()
+    for task in tasks:
+        if task.error:
+            raise task.error

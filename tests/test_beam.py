@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, LetterTokenizer, saying
+from fake_executor import FakeExecutor, LetterTokenizer, drive, saying
 
 import pyengine
-from pyengine.beam import beam_search
+from pyengine.beam import BeamGeneration
+from pyengine.completion import Completion
 from pyengine.errors import ArgumentError, NonFiniteError
-from pyengine.generation import Completion, Request, complete
+from pyengine.generation import Generation, Job
 from pyengine.sampling import SamplingParams
 
 # transformers 5.23, `generate` on a model whose logits are FakeExecutor's table: prompt, eos_token_id, arguments;
@@ -221,9 +222,12 @@ FROZEN: list[tuple[list[int], list[int], dict[str, Any], list[list[int]], list[f
 def search(executor: Any, prompt_ids: list[int], stop_ids: Any = (), **arguments: Any) -> list[Completion]:
     """Beam search that leaves nothing open."""
     params = SamplingParams(**{"max_new_tokens": 6, "num_beams": 3} | arguments)
-    found = beam_search(executor, Request(np.array(prompt_ids, np.int32), params, frozenset(stop_ids)))
-    assert executor.n_open == 0
-    return found
+    task = BeamGeneration(executor, Job(np.array(prompt_ids, np.int32), params, frozenset(stop_ids)))
+    try:
+        drive(executor, [task])
+    finally:
+        assert executor.n_open == 0
+    return task.completions()
 
 
 @pytest.mark.parametrize("max_rows", [4, 512])
@@ -291,9 +295,10 @@ def test_the_context_ends_the_search() -> None:
 
 def test_text_leaves_out_the_stop_token() -> None:
     params = SamplingParams(num_beams=2, max_new_tokens=10)
-    [one] = beam_search(
-        saying("größe\x04"), Request(np.array([1], np.int32), params, frozenset([4]), LetterTokenizer())
-    )  # type: ignore[arg-type]
+    executor: Any = saying("größe\x04")
+    task = BeamGeneration(executor, Job(np.array([1], np.int32), params, frozenset([4]), LetterTokenizer()))
+    drive(executor, [task])
+    [one] = task.completions()
     assert (one.text, one.token_ids[-1], one.finish_reason) == ("größe", 4, "stop")
 
 
@@ -331,5 +336,6 @@ def test_arguments_are_checked_before_anything_runs() -> None:
     with pytest.raises(ArgumentError, match="prompt: expected 1 to 64 tokens"):
         search(executor, [])
     with pytest.raises(ArgumentError, match="num_beams: expected 1"):
-        complete(executor, [Request(np.array([1], np.int32), SamplingParams(num_beams=2))])
+        Generation(executor, Job(np.array([1], np.int32), SamplingParams(num_beams=2)))
+    assert executor.steps == []
     assert executor.steps == []

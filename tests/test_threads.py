@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pyengine import threads
+from pyengine.cgroup import cpu_quota
 from pyengine.errors import ArgumentError, ArgumentTypeError
-from pyengine.threads import MOST_THREADS, VARIABLE, cgroup_quota, choose_threads
+from pyengine.threads import MOST_THREADS, VARIABLE, choose_threads
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight CPUs, no quota, nothing in the environment."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(threads, "cgroup_quota", lambda: None)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
 
 
 def write(path: Path, text: str) -> None:
@@ -76,7 +77,7 @@ def test_then_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("quota", "count"), [(2.9, 2), (1.0, 1), (0.5, 1), (8.0, 8), (20.0, 8), (None, 8)])
 def test_the_quota_is_rounded_down(monkeypatch: pytest.MonkeyPatch, quota: float | None, count: int) -> None:
-    monkeypatch.setattr(threads, "cgroup_quota", lambda: quota)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     chosen = choose_threads()
     assert chosen.count == count
     assert ("quota" in chosen.reason) == (quota is not None and quota < 8)
@@ -132,8 +133,8 @@ def test_cgroup(tmp_path: Path, membership: str, files: dict[str, str], expected
     root.mkdir()
     for name, text in files.items():
         write(root / name, text)
-    assert cgroup_quota(root, tmp_path / "membership") == expected
+    assert cpu_quota(root, tmp_path / "membership") == expected
 
 
 def test_no_cgroups(tmp_path: Path) -> None:
-    assert cgroup_quota(tmp_path, tmp_path / "membership") is None
+    assert cpu_quota(tmp_path, tmp_path / "membership") is None

@@ -22,7 +22,7 @@ from .pages cimport KVLayout
 from .parallel cimport MAX_THREADS, Share, Worker, claim_rows, pe_stop, pe_stopped, run, share_of
 from .simd cimport kernels
 
-from ..errors import ArgumentError, OutOfMemoryError
+from ..errors import ArgumentError, OutOfMemoryError, StepStopped
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(object)
@@ -108,6 +108,7 @@ cdef class Engine:
     cdef list spare_logits
     cdef int64_t capacity, picked_capacity  # rows that the buffers have room for
     cdef int64_t vocab_size, max_seq_len
+    cdef bint stopping
 
     def __cinit__(self, widths, KVLayout layout, int n_threads):
         if not 1 <= n_threads <= MAX_THREADS:
@@ -260,7 +261,7 @@ cdef class Engine:
 
         spans is int64 [n_sequences, 3]: first row, number of rows, position of the first. tables holds for each the addresses
         of its KV pages (uintp). Keys and values are stored, the caller keeps count.
-        Raises what a signal's handler raises (KeyboardInterrupt); the step can then be done again.
+        Raises what a signal's handler raises (KeyboardInterrupt), and StepStopped after `stop`; it can then be done again.
         """
         cdef const int64_t[:, ::1] span = spans
         cdef int64_t n_segment = span.shape[0], i, row = 0
@@ -312,7 +313,16 @@ cdef class Engine:
         step.picked, step.n_picked = &picked[0] if picked.shape[0] else NULL, picked.shape[0]
         step.asked, step.interrupted = now(), False
         run(self.n_threads, 2 * self.n_op, run_body, &step)
-        return -1 if step.interrupted else 0  # the exception is the one that the signal's handler raised
+        if step.interrupted:
+            return -1  # the exception is the one that the signal's handler raised
+        if self.stopping:
+            self.stopping = False
+            raise StepStopped("the step was stopped")
+        return 0
+
+    def stop(self):
+        """Ends the step that runs, or else the next one, at its next operation; from another thread."""
+        self.stopping = True
 
 
 cdef void run_body(void *context, Worker *worker) noexcept nogil:
@@ -325,6 +335,8 @@ cdef void run_ops(Engine engine, Step *step, Worker *worker) noexcept nogil:
     for i in range(engine.n_op):
         if not (engine.ops[i].on_picked and step.n_picked == 0):
             run_op(engine, &engine.ops[i], step, worker)
+        if worker.index == 0 and engine.stopping:
+            pe_stop(worker.team)
         if worker.index == 0 and now() - step.asked > SIGNAL_SECONDS:
             if check_signals():
                 step.interrupted = True

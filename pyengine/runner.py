@@ -1,0 +1,311 @@
+"""The runner: one thread that steps a scheduler while there is work; and requests, by which others wait for theirs.
+
+The thread starts with the first request and waits for more; it ends with the model, and at the end of the process. In
+a forked process a new one starts, and nothing is left of the parent's requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from .completion import Piece
+from .scheduler import Scheduler, Task
+
+T = TypeVar("T")
+
+
+class Request(Future[T], Generic[T]):
+    """A task on its way, as a future: `result(timeout)`, `cancel()`, `done()`, `exception()`, `add_done_callback`.
+
+    Iterating, also with `async for`, gives the pieces of its text as they come, from the first one each time, and
+    raises what the request ended with. `await asyncio.wrap_future(request)` waits without blocking. Cancelling takes
+    effect within an operation of the step that runs; a request that nobody waits for runs to its end.
+    """
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        super().__init__()
+        self._cancel = cancel
+        self._changed = threading.Condition()
+        self._watchers: list[Callable[[], None]] = []  # of event loops
+        self.pieces: list[Piece] = []  # so far, of the first text
+
+    def cancel(self) -> bool:
+        """Ends the request; returns False if it has ended already."""
+        if self.done():
+            return self.cancelled()
+        self._cancel()
+        return True
+
+    def wait(self) -> T:
+        """`result()`; but what interrupts it, as Ctrl-C does, cancels the request and lets it give its pages back."""
+        return wait_all([self])[0]
+
+    def join(self) -> None:
+        """Waits until it has ended, in whatever way."""
+        with self._changed:
+            self._changed.wait_for(self.done)
+
+    def push(self, piece: Piece) -> None:
+        """Adds a piece; for the thread that steps."""
+        self.pieces.append(piece)
+        self._tell()
+
+    def settle(self, task: Task, result: Callable[[], T]) -> None:
+        """Ends it as the task has ended; for the thread that steps."""
+        self._cancel = nothing  # it knew the runner, and so the model
+        if task.error is not None:
+            self.set_exception(task.error)
+        elif task.cancelled:
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        else:
+            try:
+                self.set_result(result())
+            except Exception as error:
+                self.set_exception(error)
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            watchers = self._watchers[:]
+        for watcher in watchers:
+            watcher()
+
+    def __iter__(self) -> Iterator[Piece]:
+        n = 0
+        while self._has_piece(n):
+            yield self.pieces[n]
+            n += 1
+        self.result()
+
+    def _has_piece(self, n: int) -> bool:
+        """Waits for piece n; False if there is none."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.pieces) > n or self.done())
+        return len(self.pieces) > n
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        loop, changed, n = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def watcher() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._watchers.append(watcher)
+        try:
+            while True:
+                changed.clear()
+                ended = self.done()
+                while n < len(self.pieces):
+                    yield self.pieces[n]
+                    n += 1
+                if ended:
+                    break
+                await changed.wait()
+        finally:
+            self._watchers.remove(watcher)
+        self.result()
+
+
+def wait_all(requests: SequenceOf[Request[T]]) -> list[T]:
+    """The results of all; if one fails, or something interrupts this, all are cancelled and give their pages back."""
+    try:
+        return [request.result() for request in requests]
+    except BaseException:
+        for request in requests:
+            request.cancel()
+        for request in requests:
+            request.join()
+        raise
+
+
+def nothing() -> None:
+    """What there is to cancel when a request has ended."""
+
+
+class Stream:
+    """The pieces of a request, of which nobody else knows: dropping or closing it cancels the request."""
+
+    def __init__(self, request: Request[object]) -> None:
+        self.request = request
+        self._pieces = iter(request)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the request, unless it has ended, and lets it give its pages back."""
+        self.request.cancel()
+        self.request.join()
+
+    def __del__(self) -> None:
+        self.request.cancel()
+
+
+class Runner:
+    """Runs a scheduler's tasks in a thread of its own. Any thread may call it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.lock = threading.RLock()  # held by whoever uses the scheduler: between two steps it is free
+        self.may_step = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._open()
+        _runners.add(self)
+
+    def _open(self) -> None:
+        self._inbox = Inbox()
+        self.may_step.set()
+        weakref.finalize(self, self._inbox.close).atexit = False
+
+    def submit(self, task: Task, result: Callable[[], T]) -> Request[T]:
+        """Lets a task run; `result` is called when it has finished. Raises `ArgumentError` if it never could."""
+        self.scheduler.check(task)
+        request: Request[T] = Request(lambda: self._cancel(task))
+        task.on_piece = request.push
+        task.on_end = lambda: request.settle(task, result)
+        self._inbox.put(lambda scheduler: scheduler.add(task))
+        self._ensure_thread()
+        return request
+
+    def _cancel(self, task: Task) -> None:
+        task.cancelled = True
+        self._inbox.put(lambda scheduler: scheduler.cancel(task))
+        self.scheduler.stop_cancelled()
+
+    def _ensure_thread(self) -> None:
+        with self._inbox.changed:
+            if self._thread is None or not self._thread.is_alive():
+                arguments = (weakref.ref(self), self._inbox)
+                self._thread = threading.Thread(target=serve, args=arguments, name="pyengine", daemon=True)
+                self._thread.start()
+
+    def run(self) -> None:
+        """Steps until there is nothing to do; for the thread."""
+        while True:
+            self.may_step.wait()
+            with self.lock:
+                for message in self._inbox.take():
+                    message(self.scheduler)
+                if not self.scheduler.busy:
+                    return
+                self.scheduler.step()
+
+    def close(self) -> None:
+        """Cancels all requests and ends the thread."""
+        self._inbox.put(lambda scheduler: scheduler.close())
+        self._inbox.close()
+        self.scheduler.executor.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def forget(self) -> None:
+        """In a forked process: drops what the parent's threads were about, and lets a new thread start."""
+        self._thread = None
+        self._open()
+        for task in [*self.scheduler.live, *self.scheduler.waiting]:
+            task.on_end = None
+        self.scheduler.close()
+
+
+Message = Callable[[Scheduler], None]
+
+
+class Inbox:
+    """What the thread is told. It doesn't know the runner, so that a model that nobody uses any more can go."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.messages: deque[Message] = deque()
+        self.closed = False
+
+    def put(self, message: Message) -> None:
+        with self.changed:
+            self.messages.append(message)
+            self.changed.notify()
+
+    def take(self) -> list[Message]:
+        with self.changed:
+            taken = list(self.messages)
+            self.messages.clear()
+            return taken
+
+    def wait(self) -> bool:
+        """Waits for messages; False if there will be none."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.messages or self.closed)
+            return bool(self.messages)
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+
+def serve(owner: weakref.ref[Runner], inbox: Inbox) -> None:
+    """What the thread does."""
+    while inbox.wait():
+        runner = owner()
+        if runner is None:
+            return
+        runner.run()
+        del runner
+
+
+# All runners: a fork waits for the step that runs, and the process ends when no engine computes any more.
+_runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for runner in list(_runners):
+        runner.close()
+
+
+_forking: list[Runner] = []
+
+
+def _before_fork() -> None:
+    _forking.extend(_runners)
+    for runner in _forking:
+        runner.may_step.clear()  # or else its thread would take the lock again before we get it
+        runner.lock.acquire()
+        runner.scheduler.executor.pool.lock.acquire()
+
+
+def _after_fork(child: bool) -> None:
+    for runner in _forking:
+        runner.scheduler.executor.pool.lock.release()
+        runner.lock.release()
+        runner.may_step.set()
+        if child:
+            runner.forget()
+    _forking.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork(False),
+        after_in_child=lambda: _after_fork(True),
+    )

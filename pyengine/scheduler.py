@@ -1,0 +1,308 @@
+"""The scheduler: many tasks, one executor. It decides whose rows the next step runs.
+
+A task is a text on its way, a beam search, or a text that is scored. Between steps tasks join and leave. A step takes
+first a row of each sequence that decodes, then pieces of prompts, as far as its budget of tokens goes. When the pool
+has no page left, the youngest task gives its pages back and runs again later; the same bits come out of that, since
+they depend on a sequence's own tokens alone.
+
+No threads here: `runner.py` calls `step` from one.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .completion import Piece
+from .errors import ArgumentError, OutOfMemoryError, StepStopped
+from .executor import Executor, Rows
+from .kv import PAGE, NoPages
+from .prefix import PrefixCounters
+
+Floats = NDArray[np.float32]
+
+
+class Task(ABC):
+    """What takes part in steps. Only the thread that steps calls its methods; `cancelled` may be set by any."""
+
+    def __init__(self, n_place: int = 1) -> None:
+        self.n_place = n_place  # sequences that it has at most, places in the batch
+        self.called = time.perf_counter()
+        self.cancelled = False
+        self.ended = False
+        self.error: BaseException | None = None  # why it could not finish
+        self.on_piece: Callable[[Piece], None] | None = None  # is told each token of its first text
+        self.on_end: Callable[[], None] | None = None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Opens its sequences, with what the prefix cache has of them: at first, and after `pause`."""
+
+    @property
+    @abstractmethod
+    def n_pending(self) -> int:
+        """Tokens that wait to be run, of all its sequences."""
+
+    @property
+    @abstractmethod
+    def decoding(self) -> bool:
+        """Whether each sequence waits for one token: then all of these are in the next step."""
+
+    @property
+    @abstractmethod
+    def n_page_most(self) -> int:
+        """Pages that it can have come to hold at its end."""
+
+    @abstractmethod
+    def plan(self, n: int) -> list[Rows]:
+        """Its rows of the next step, at most n tokens, at least one."""
+
+    @abstractmethod
+    def advance(self, rows: list[Rows], logits: Floats) -> None:
+        """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether it has all that it was for."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Gives all pages back; what was in them is pending again."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Gives all pages back for good, and tells whoever waits for it; `error` is why it could not finish."""
+        self.error = error
+        self.pause()
+        self.ended = True
+        on_end, self.on_end = self.on_end, None
+        if on_end:
+            on_end()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task's part of a step."""
+
+    task: Task
+    rows: list[Rows]
+
+    @property
+    def n_logits(self) -> int:
+        """Rows of logits that it wants."""
+        return sum(rows.n_logits for rows in self.rows)
+
+
+class Scheduler:
+    """The tasks that run and those that wait, in the order they came.
+
+    max_batch is how many sequences run at once; one task with more runs alone. step_tokens is how many tokens a step
+    takes while a sequence decodes: less keeps its pace, more is faster for long prompts. `step` and all else is for one
+    thread at a time; `stop_cancelled` may be called by others.
+    """
+
+    def __init__(self, executor: Executor, max_batch: int = 32, step_tokens: int = 128) -> None:
+        for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
+            if not 1 <= value <= executor.max_rows:
+                raise ArgumentError(f"{name}: expected 1 to {executor.max_rows}, got {value}")
+        self.executor = executor
+        self.max_batch = max_batch
+        self.step_tokens = step_tokens
+        self.waiting: deque[Task] = deque()
+        self.live: list[Task] = []
+        self.stepping: list[Task] = []  # whose rows the engine computes at the moment
+        self.n_step = self.n_paused = 0  # since the beginning
+
+    def check(self, task: Task) -> None:
+        """Raises `ArgumentError` for a task that could never run."""
+        if task.n_page_most > self.executor.pool.capacity:
+            raise ArgumentError(
+                f"kv_memory: expected room for {task.n_page_most} pages of {PAGE} positions, which this request can "
+                f"come to need, got room for {self.executor.pool.capacity}"
+            )
+
+    def add(self, task: Task) -> None:
+        """Puts a task behind those that wait."""
+        self.waiting.append(task)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self.live)
+
+    def cancel(self, task: Task) -> None:
+        """Ends a task, wherever it is."""
+        task.cancelled = True
+        if task in self.live:
+            self.live.remove(task)
+        elif task in self.waiting:
+            self.waiting.remove(task)
+        if not task.ended:
+            task.end()
+
+    def close(self) -> None:
+        """Ends all tasks."""
+        for task in [*self.live, *self.waiting]:
+            self.cancel(task)
+
+    def stop_cancelled(self) -> None:
+        """Stops the step that runs if nobody waits for it any more."""
+        tasks = self.stepping
+        if tasks and all(task.cancelled for task in tasks):
+            self.executor.stop()
+
+    def step(self) -> None:
+        """Runs one step of the executor for those whose turn it is, and hands out what comes of it.
+
+        What goes wrong with a task ends that task. What goes wrong with the step ends all that were in it.
+        """
+        self._admit()
+        plan = self._make_room(self._plan())
+        try:
+            self.stepping = [part.task for part in plan]
+            if plan:
+                self.n_step += 1
+                self._hand_out(plan, self.executor.step([rows for part in plan for rows in part.rows]))
+        except StepStopped:
+            pass  # nothing has changed: who isn't cancelled does it again
+        except Exception as error:
+            for part in plan:
+                part.task.end(error)
+        finally:
+            self.stepping = []
+        for task in self.live:
+            if task.finished and not task.ended:
+                task.end()
+        self.live = [task for task in self.live if not task.ended]
+
+    def _admit(self) -> None:
+        """Lets tasks in as they came, while there are places in the batch, and pages for what they wait to run."""
+        while self.waiting:
+            task = self.waiting[0]
+            if self.live and sum(one.n_place for one in self.live) + task.n_place > self.max_batch:
+                return
+            task.start()
+            if self.live and -(-task.n_pending // PAGE) + task.n_place > self.executor.pool.n_available:
+                task.pause()
+                return
+            self.live.append(self.waiting.popleft())
+
+    def _plan(self) -> list[Planned]:
+        decoding = [task for task in self.live if task.decoding]
+        prompts = [task for task in self.live if not task.decoding]
+        n_place = sum(task.n_place for task in decoding)
+        plan = []
+        n_left = self.executor.max_rows
+        for task in decoding:
+            rows = task.plan(n_left - n_place + task.n_place)
+            n_place -= task.n_place
+            n_left -= count(rows)
+            plan.append(Planned(task, rows))
+        if decoding:
+            n_run = self.executor.max_rows - n_left
+            n_left = min(n_left, max(self.step_tokens - n_run, self.step_tokens // 4))
+        return plan + [Planned(task, task.plan(n)) for task, n in shares(prompts, n_left)]
+
+    def _make_room(self, plan: list[Planned]) -> list[Planned]:
+        """Reserves the pages of a step. Where there are none, the youngest task pauses; the oldest never has to."""
+        age = {id(task): i for i, task in enumerate(self.live)}
+        for part in sorted(plan, key=lambda part: age[id(part.task)]):
+            while part.task in self.live and not self._reserved(part):
+                self._pause(self.live[-1])
+        return [part for part in plan if part.task in self.live]
+
+    def _reserved(self, part: Planned) -> bool:
+        """Whether there are pages for it; none are refused to the last task that is left."""
+        alone = len(self.live) == 1
+        try:
+            for rows in part.rows:
+                rows.sequence.reserve(len(rows.token_ids), within=not alone)
+        except (NoPages, OutOfMemoryError) as error:
+            if not alone:
+                return False
+            self.live.clear()
+            part.task.end(error)
+        return True
+
+    def _pause(self, task: Task) -> None:
+        """The task waits again, before all others: those that wait came after it."""
+        self.n_paused += 1
+        task.pause()
+        self.live.remove(task)
+        self.waiting.appendleft(task)
+
+    def _hand_out(self, plan: list[Planned], logits: Floats) -> None:
+        first = 0
+        for part in plan:
+            try:
+                part.task.advance(part.rows, logits[first : first + part.n_logits])
+            except Exception as error:
+                part.task.end(error)
+            first += part.n_logits
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a scheduler has to do, and how the pool of KV pages is used. Pages have 64 positions."""
+
+    running: int  # requests
+    waiting: int
+    paused: int  # how often a request gave its pages back for others, since the model was loaded
+    steps: int  # since the model was loaded
+    kv_pages: int  # the most that requests and the prefix cache have
+    kv_pages_used: int  # that sequences hold
+    kv_pages_cached: int  # that the prefix cache alone keeps
+    kv_page_bytes: int
+    prompt_tokens: int  # of all prompts that were looked up in the prefix cache
+    reused_tokens: int  # of these, how many it had
+    evicted_pages: int  # that it has given up for others
+
+
+def stats(scheduler: Scheduler) -> Stats:
+    """The numbers of this moment."""
+    pool = scheduler.executor.pool
+    counters = pool.cache.counters if pool.cache else PrefixCounters()
+    return Stats(
+        running=len(scheduler.live),
+        waiting=len(scheduler.waiting),
+        paused=scheduler.n_paused,
+        steps=scheduler.n_step,
+        kv_pages=pool.capacity,
+        kv_pages_used=pool.n_used,
+        kv_pages_cached=pool.n_cached,
+        kv_page_bytes=pool.layout.page_nbytes,
+        prompt_tokens=counters.prompt_tokens,
+        reused_tokens=counters.reused_tokens,
+        evicted_pages=counters.evicted_pages,
+    )
+
+
+def count(rows: SequenceOf[Rows]) -> int:
+    """Tokens of some rows."""
+    return sum(len(one.token_ids) for one in rows)
+
+
+def shares(tasks: SequenceOf[Task], n: int) -> Iterator[tuple[Task, int]]:
+    """How n tokens of a step are shared by prompts, in the order they came: the first takes what it can, but half of
+    the budget is for later ones that need no more than that to come to their first token.
+    """
+    granted = {}
+    n_short = n // 2
+    for task in tasks[1:]:
+        if task.n_pending <= n_short:
+            granted[id(task)] = task.n_pending
+            n_short -= task.n_pending
+            n -= task.n_pending
+    for task in tasks:
+        share = granted.get(id(task), min(task.n_pending, n))
+        if id(task) not in granted:
+            n -= share
+        if share:
+            yield task, share
