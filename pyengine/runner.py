@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from .completion import Piece
+from .errors import ArgumentError
 from .scheduler import Scheduler, Task
 
 T = TypeVar("T")
@@ -31,19 +32,25 @@ class Request(Future[T], Generic[T]):
     effect within an operation of the step that runs; a request that nobody waits for runs to its end.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, runner: Runner, task: Task) -> None:
         super().__init__()
-        self._cancel = cancel
+        self._way: tuple[Runner, Task] | None = (runner, task)  # until it has ended: it keeps the model
         self._changed = threading.Condition()
         self._watchers: list[Callable[[], None]] = []  # of event loops
         self.pieces: list[Piece] = []  # so far, of the first text
 
     def cancel(self) -> bool:
         """Ends the request; returns False if it has ended already."""
-        if self.done():
+        way = self._way
+        if way is None:
             return self.cancelled()
-        self._cancel()
+        way[0].cancel(way[1])
         return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """What it gives, once that is there; raises what it ended with, CancelledError, or TimeoutError."""
+        self._may_wait()
+        return super().result(timeout)
 
     def wait(self) -> T:
         """`result()`; but what interrupts it, as Ctrl-C does, cancels the request and lets it give its pages back."""
@@ -51,8 +58,15 @@ class Request(Future[T], Generic[T]):
 
     def join(self) -> None:
         """Waits until it has ended, in whatever way."""
+        self._may_wait()
         with self._changed:
             self._changed.wait_for(self.done)
+
+    def _may_wait(self) -> None:
+        """Raises `ArgumentError` in the thread that steps, as in a callback: it would wait for itself."""
+        way = self._way
+        if way is not None and way[0].is_here():
+            raise ArgumentError("request: expected to be waited for outside of callbacks, got a wait in one")
 
     def push(self, piece: Piece) -> None:
         """Adds a piece; for the thread that steps."""
@@ -61,7 +75,7 @@ class Request(Future[T], Generic[T]):
 
     def settle(self, task: Task, result: Callable[[], T]) -> None:
         """Ends it as the task has ended; for the thread that steps."""
-        self._cancel = nothing  # it knew the runner, and so the model
+        self._way = None
         if task.error is not None:
             self.set_exception(task.error)
         elif task.cancelled:
@@ -90,6 +104,7 @@ class Request(Future[T], Generic[T]):
 
     def _has_piece(self, n: int) -> bool:
         """Waits for piece n; False if there is none."""
+        self._may_wait()
         with self._changed:
             self._changed.wait_for(lambda: len(self.pieces) > n or self.done())
         return len(self.pieces) > n
@@ -128,10 +143,6 @@ def wait_all(requests: SequenceOf[Request[T]]) -> list[T]:
         for request in requests:
             request.join()
         raise
-
-
-def nothing() -> None:
-    """What there is to cancel when a request has ended."""
 
 
 class Stream:
@@ -181,14 +192,15 @@ class Runner:
     def submit(self, task: Task, result: Callable[[], T]) -> Request[T]:
         """Lets a task run; `result` is called when it has finished. Raises `ArgumentError` if it never could."""
         self.scheduler.check(task)
-        request: Request[T] = Request(lambda: self._cancel(task))
+        request: Request[T] = Request(self, task)
         task.on_piece = request.push
         task.on_end = lambda: request.settle(task, result)
         self._inbox.put(lambda scheduler: scheduler.add(task))
         self._ensure_thread()
         return request
 
-    def _cancel(self, task: Task) -> None:
+    def cancel(self, task: Task) -> None:
+        """Ends a task soon."""
         task.cancelled = True
         self._inbox.put(lambda scheduler: scheduler.cancel(task))
         self.scheduler.stop_cancelled()
@@ -199,6 +211,10 @@ class Runner:
                 arguments = (weakref.ref(self), self._inbox)
                 self._thread = threading.Thread(target=serve, args=arguments, name="pyengine", daemon=True)
                 self._thread.start()
+
+    def is_here(self) -> bool:
+        """Whether the thread that calls is the one that steps."""
+        return threading.current_thread() is self._thread
 
     def run(self) -> None:
         """Steps until there is nothing to do; for the thread."""
@@ -216,7 +232,7 @@ class Runner:
         self._inbox.put(lambda scheduler: scheduler.close())
         self._inbox.close()
         self.scheduler.executor.stop()
-        if self._thread is not None:
+        if self._thread is not None and not self.is_here():
             self._thread.join()
 
     def forget(self) -> None:

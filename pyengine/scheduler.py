@@ -137,7 +137,7 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self.waiting or self.live)
 
-    def cancel(self, task: Task) -> None:
+    def cancel(self, task: Task, error: Exception | None = None) -> None:
         """Ends a task, wherever it is."""
         task.cancelled = True
         if task in self.live:
@@ -145,7 +145,7 @@ class Scheduler:
         elif task in self.waiting:
             self.waiting.remove(task)
         if not task.ended:
-            task.end()
+            task.end(error)
 
     def close(self) -> None:
         """Ends all tasks."""
@@ -163,8 +163,12 @@ class Scheduler:
 
         What goes wrong with a task ends that task. What goes wrong with the step ends all that were in it.
         """
-        self._admit()
-        plan = self._make_room(self._plan())
+        try:
+            self._admit()
+            plan = self._make_room(self._plan())
+        except Exception as error:  # nobody's in particular
+            self._end_all(error)
+            return
         try:
             self.stepping = [part.task for part in plan]
             if plan:
@@ -181,6 +185,11 @@ class Scheduler:
             if task.finished and not task.ended:
                 task.end()
         self.live = [task for task in self.live if not task.ended]
+
+    def _end_all(self, error: Exception) -> None:
+        """Ends the tasks that run, and the next that waits: one of them can't be gone on with."""
+        for task in [*self.live, *list(self.waiting)[:1]]:
+            self.cancel(task, error)
 
     def _admit(self) -> None:
         """Lets tasks in as they came, while there are places in the batch, and pages for what they wait to run."""
@@ -243,7 +252,7 @@ class Scheduler:
         for part in plan:
             try:
                 part.task.advance(part.rows, logits[first : first + part.n_logits])
-            except Exception as error:
+            except BaseException as error:  # whatever a callable of the user raises is that request's
                 part.task.end(error)
             first += part.n_logits
 

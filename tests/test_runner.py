@@ -114,6 +114,24 @@ def test_callbacks_that_raise_disturb_nobody(model: pyengine.Model, caplog: pyte
     until(request.done)
 
 
+def test_waiting_in_a_callback_is_refused(model: pyengine.Model) -> None:
+    """It would wait for the thread that it runs in; submitting is no problem there."""
+    got: list[Any] = []
+
+    def callback(_: object) -> None:
+        got.append(model.submit([2], max_new_tokens=3))
+        for call in (lambda: model.generate([1]), lambda: list(model.stream([1])), lambda: model.score([1, 2])):
+            try:
+                call()
+            except pyengine.ArgumentError as error:
+                got.append(str(error))
+
+    model.submit([1], max_new_tokens=3).add_done_callback(callback)
+    until(lambda: len(got) == 4)
+    assert len(got[0].result(SOON).token_ids) <= 3
+    assert all("expected to be waited for outside of callbacks" in text for text in got[1:])
+
+
 def test_many_threads(model: pyengine.Model) -> None:
     """What each gets is what it gets alone: texts, scores and logits at once."""
     calls: list[Callable[[], Any]] = [
