@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ._native.sampling import Workspace, token_logprobs
+from ._native.logprobs import token_logprobs
+from ._native.sampling import Workspace
 from .errors import ArgumentError, ArgumentTypeError
 from .executor import Executor, Rows
 from .kv import Sequence

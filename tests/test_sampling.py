@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pyengine._native import simd
-from pyengine._native.sampling import Workspace, philox4x32, token_logprobs, uniform
+from pyengine._native.drawing import philox4x32, uniform
+from pyengine._native.logprobs import token_logprobs
+from pyengine._native.sampling import Workspace
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from pyengine.sampling import Sampler, SamplingParams
 
@@ -133,6 +135,46 @@ def test_filters_equal_their_definition(
 
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize("n_least", [2, 3, 70])
+def test_filters_leave_the_n_least_largest(vocab_size: int, kind: str, n_least: int) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    everything = work.probabilities(row, 1.0, 0, 1.0, 0.0)
+    least = np.sort(row)[max(vocab_size - n_least, 0)]
+    for top_k, top_p, min_p in ((1, 1.0, 0.0), (0, 1e-9, 0.0), (0, 1.0, 0.9999), (1, 1e-9, 0.9999), (100, 0.5, 0.2)):
+        kept = work.probabilities(row, 1.0, top_k, top_p, min_p) > 0
+        expected = (kept | (row >= least)) & (everything > 0)
+        got = work.probabilities(row, 1.0, top_k, top_p, min_p, n_least) > 0
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.6, 9)])
+def test_a_race_equals_inversion_over_what_is_left(vocab_size: int, kind: str, temperature: float, top_k: int) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    uniforms = np.array([uniform(11, 0, i) for i in range(40)])
+    rates, time = work.probabilities(row, temperature, top_k, 1.0, 0.0), 0.0
+    top = float(row.max())
+    rates *= np.exp((row - top) / temperature).sum(where=rates > 0, dtype=np.float64)  # 1 for the largest
+    token_ids, log_times = work.race(row, temperature, top_k, 1.0, 0.0, 1, uniforms)
+    assert len(token_ids) == min(20, np.count_nonzero(rates))
+    for i, (token_id, log_time) in enumerate(zip(token_ids, log_times, strict=True)):
+        cumulative = np.cumsum(rates)
+        bounds = cumulative[[token_id - 1, token_id]] if token_id else (0.0, cumulative[0])
+        assert bounds[0] * (1 - 1e-6) <= uniforms[2 * i] * cumulative[-1] <= bounds[1] * (1 + 1e-6)
+        time -= math.log1p(-uniforms[2 * i + 1]) / cumulative[-1]
+        assert log_time == pytest.approx(math.log(time) - top / temperature, rel=1e-6, abs=1e-4)
+        rates[token_id] = 0.0
+    assert len(set(token_ids.tolist())) == len(token_ids)
+
+
+def test_a_race_of_nobody() -> None:
+    token_ids, log_times = Workspace(9).race(np.zeros(9, np.float32), 1.0, 0, 1.0, 0.0, 1, np.empty(0))
+    assert len(token_ids) == len(log_times) == 0
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
 @pytest.mark.parametrize("top_p", [1 - 1e-6, 1 - 1e-12, 1 - 2**-53])
 def test_top_p_next_to_1_drops_no_more_than_the_rest(vocab_size: int, kind: str, top_p: float) -> None:
     row, work = rows(vocab_size)[kind], Workspace(vocab_size)
@@ -210,11 +252,20 @@ def test_penalties_follow_their_formulas() -> None:
     bias_ids, bias = np.array([6, 5], np.int32), np.array([-np.inf, 0.25], np.float32)
     work = Workspace(7)
     for _ in range(2):  # nothing stays behind
-        got = work.adjust(row, 0.0, prompt, generated, 2.0, 0.5, 0.125, bias_ids, bias)
+        got = work.adjust(row, 0.0, NONE, 0.0, prompt, generated, 2.0, 0.5, 0.125, bias_ids, bias)
         once, twice = 0.5 + 0.125, 0.5 + 0.25
         expected = [1.0, -4.0 - once, 0.5 - twice, 0.5, -2.0 - once, 3.25, -np.inf]
         np.testing.assert_array_equal(got, np.array(expected, np.float32))
-    np.testing.assert_array_equal(work.adjust(row, 1.5, NONE, NONE, 1.0, 0.0, 0.0, NONE, bias[:0]), row - 1.5)
+    got = work.adjust(row, 1.5, NONE, 0.0, NONE, NONE, 1.0, 0.0, 0.0, NONE, bias[:0])
+    np.testing.assert_array_equal(got, row - 1.5)
+
+
+def test_what_other_groups_took_is_penalised_before_anything_else() -> None:
+    row, taken = np.array([2.0, -2.0, 1.0], np.float32), array("i", [2, 0, 2])
+    got = Workspace(3).adjust(row, 0.5, taken, 0.25, np.array([2], np.int32), NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+    np.testing.assert_array_equal(got, [1.25, -2.5, 0.0])
+    got = Workspace(3).adjust(row, 0.0, taken, 1.0, np.array([2], np.int32), NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+    np.testing.assert_array_equal(got, [1.0, -2.0, -2.0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -229,6 +280,7 @@ def test_logits_that_cannot_be_used_are_refused(value: float, vocab_size: int) -
             lambda row=row: work.argmax(row),
             lambda row=row: work.top(row, 2),
             lambda row=row: work.draw(row, 1.0, 2, 0.9, 0.1, 0.5),
+            lambda row=row: work.race(row, 1.0, 2, 0.9, 0.1, 1, np.array([0.5, 0.5])),
             lambda row=row: token_logprobs(row[None], np.zeros(1, np.int32)),
         ):
             with pytest.raises(NonFiniteError, match=f"1 of {vocab_size} NaN or \\+inf, the first at token id {i} "):
@@ -248,7 +300,7 @@ def test_sizes_and_ids_are_checked() -> None:
     for bad in (-1, 9):
         ids = np.array([0, bad], np.int32)
         with pytest.raises(ArgumentError, match=rf"token_ids\[1\]: expected 0 to 8, got {bad}"):
-            work.adjust(row, 0.0, ids, NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+            work.adjust(row, 0.0, NONE, 0.0, ids, NONE, 2.0, 0.0, 0.0, NONE, row[:0])
         with pytest.raises(ArgumentError, match="expected 0 to 8"):
             token_logprobs(np.zeros((2, 9), np.float32), ids)
 
@@ -263,7 +315,8 @@ def test_all_simd_levels_give_the_same_bits() -> None:
             simd.use(level)
             probs = work.probabilities(row, 0.9, 0, 0.95, 0.001)
             draws = [work.draw(row, 0.9, 0, 0.95, 0.001, uniform(1, 0, i)) for i in range(100)]
-            results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws))
+            raced = [one.tobytes() for one in work.race(row, 0.9, 0, 0.95, 0.001, 3, np.linspace(0, 0.99, 30))]
+            results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws, raced))
     finally:
         simd.use(before)
     assert [result[0] for result in results] == FMA_LEVELS
@@ -290,6 +343,14 @@ def test_temperature_0_is_the_largest_logit_after_penalties() -> None:
     best = int(order[0])
     assert draws(SamplingParams(temperature=0, logit_bias={best: -math.inf}), 1) == [order[1]]
     assert draws(SamplingParams(temperature=0, presence_penalty=100.0), 3) == order[:3].tolist()
+
+
+def test_do_sample() -> None:
+    best = draws(SamplingParams(temperature=0))
+    assert draws(SamplingParams(do_sample=False, temperature=0.7, seed=5)) == best
+    assert draws(SamplingParams(do_sample=True, seed=5)) == draws(SamplingParams(seed=5)) != best
+    assert SamplingParams(num_beams=2, do_sample=True, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=1).samples
+    assert not SamplingParams(num_beams=2).samples and not SamplingParams(num_beams=2, do_sample=False).samples
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:
@@ -342,6 +403,23 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         ({"num_beams": 4, "min_p": 0.5}, "min_p: .* num_beams=4, got 0.5"),
         ({"num_beams": 4, "seed": 0}, "seed: .* num_beams=4, got 0"),
         ({"num_beams": 4, "stop": "x"}, "stop: .* num_beams=4, got 'x'"),
+        ({"do_sample": True, "temperature": 0}, "temperature: expected above 0 with do_sample=True, got 0"),
+        ({"do_sample": False, "num_beams": 4, "seed": 0}, "seed: expected None, unset or do_sample=True .*, got 0"),
+        ({"num_beam_groups": 0}, "num_beam_groups: expected 1 to .*, got 0"),
+        ({"num_beam_groups": 2}, "num_beam_groups: expected a divisor of num_beams=1, got 2"),
+        ({"num_beams": 4, "num_beam_groups": 3}, "num_beam_groups: expected a divisor of num_beams=4, got 3"),
+        ({"num_beams": 4, "num_beam_groups": 8}, "num_beam_groups: expected a divisor of num_beams=4, got 8"),
+        ({"diversity_penalty": -1.0}, "diversity_penalty: expected at least 0, got -1.0"),
+        ({"diversity_penalty": math.inf}, "diversity_penalty: .* got inf"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "diversity_penalty: expected above 0 with num_beam_groups=2, got 0.0"),
+        (
+            {"num_beams": 4, "diversity_penalty": 0.5},
+            "diversity_penalty: expected 0 or unset with num_beam_groups=1, got 0.5",
+        ),
+        (
+            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": True},
+            "do_sample: expected False or unset with num_beam_groups=2, got True",
+        ),
         (
             {"num_beams": 4, "num_return_sequences": 5},
             "num_return_sequences: expected at most 4 with num_beams=4, got 5",
@@ -375,6 +453,11 @@ def test_arguments_that_cannot_be_honoured_are_refused_by_name(arguments: dict[s
         {"stop_token_ids": "3"},
         {"stop_token_ids": [True]},
         {"num_beams": True},
+        {"num_beam_groups": True},
+        {"num_beam_groups": 2.0},
+        {"diversity_penalty": "1"},
+        {"do_sample": 1},
+        {"do_sample": "no"},
         {"logprobs": True},
         {"ignore_eos": 1},
     ],
