@@ -192,13 +192,11 @@ cdef class Workspace:
         cdef int64_t i
         cdef double scale = inverse(temperature)
         with nogil:
+            if n_least > 1 and (top_p < 1.0 or min_p > 0.0):
+                bounds(&self.kept[0], self.keep_top(x, n_least), &top, &least)
             if top_k > 0 and max(top_k, n_least) < n:
                 n = self.keep_top(x, max(top_k, n_least))
                 x = &self.kept[0]
-            if n_least > 1 and (top_p < 1.0 or min_p > 0.0):
-                for i in range(n):
-                    self.values[i] = max(x[i], -FLT_MAX)
-                least = cutoff(&self.values[0], NULL, n, n_least)
             kernels().exp_sum(x, n, top, <float> scale, weights)
             if top_p < 1.0:
                 drop(weights, x, n, min(self.nucleus(x, n, top, scale, top_p), least))
