@@ -1,35 +1,46 @@
 """Beam search (Lowerre 1976), by the rules of transformers: what is kept, what counts as finished, when it ends.
 
+Diverse groups of beams (Vijayakumar et al. 2016) and beam sampling are the same search with other candidates.
+
 The beams are forks of one sequence: they share the pages of what they have in common, and take each other's place by
 fork and close alone. All beams run in one step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ._native.drawing import uniform
 from ._native.sampling import Workspace
 from .completion import Completion, Usage
 from .errors import ArgumentError
 from .executor import Executor, Rows
 from .generation import Job
 from .kv import PAGE, Sequence
-from .sampling import Penalties, TokenLogprob, token_logprob
+from .sampling import Penalties, SamplingParams, TokenLogprob, token_logprob
 from .scheduler import Floats, Task
+
+# Token ids, what ranks them (the least first), and scores: [n] each.
+Found = tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A text that the search follows, or could: its tokens and the sum of their log-probabilities."""
+    """A text that the search follows, or could: its tokens and its score."""
 
-    score: float
+    score: float  # the sum of the log-probabilities; of a finished text, divided by the length penalty
     tokens: tuple[TokenLogprob, ...] = ()
+    parent: int = 0  # the row of the beam that it continues
 
 
 @dataclass(frozen=True)
@@ -37,49 +48,56 @@ class Candidate:
     """A beam, continued by one token."""
 
     score: float
-    parent: int  # index of the beam
+    parent: int  # index of the beam in its group
     chosen: TokenLogprob
 
 
-class BeamSearch:
-    """The bookkeeping of one search, free of logits and sequences: candidates in, the beams to go on with out.
+class Group:
+    """Beams that compete with each other, and the texts that they finished. `n_max` is the most tokens of a text."""
 
-    `n_max` is the most tokens of a text.
-    """
-
-    def __init__(self, job: Job, n_max: int) -> None:
-        self.params = job.params
-        self.stop_ids = job.stop_ids
+    def __init__(self, params: SamplingParams, stop_ids: frozenset[int], n_max: int) -> None:
+        self.params = params
+        self.stop_ids = stop_ids
         self.n_max = n_max
+        self.size = params.num_beams // params.num_beam_groups
         self.beams = [Beam(0.0)]
-        self.finished: list[Beam] = []  # the best num_beams, the best first; score is divided by the length penalty
+        self.first_row = 0  # of the logits of its beams
+        self.finished: list[Beam] = []  # the best `size`, the best first
+        self.ended = False
 
     @property
     def n_candidates(self) -> int:
-        """Continuations to look at in a step: enough that num_beams of them go on, however many end."""
-        return max(2, 1 + len(self.stop_ids)) * self.params.num_beams
+        """Continuations to look at in a step: enough that `size` of them go on, however many end."""
+        return max(2, 1 + len(self.stop_ids)) * self.size
 
-    def advance(self, candidates: list[Candidate]) -> list[int] | None:
-        """Takes the n_candidates best, in order. Returns the new beams' parents, or None at the end of the search."""
-        num_beams = self.params.num_beams
+    def advance(self, candidates: list[Candidate]) -> None:
+        """Takes the n_candidates best, in order."""
         n_tokens = len(self.beams[0].tokens) + 1
-        going_on: list[tuple[int, Beam]] = []
+        going_on: list[Beam] = []
         for rank, candidate in enumerate(candidates):
-            beam = Beam(candidate.score, (*self.beams[candidate.parent].tokens, candidate.chosen))
-            if n_tokens < self.n_max and candidate.chosen.token_id not in self.stop_ids:
-                going_on.append((candidate.parent, beam))
-            elif rank < num_beams:  # what ends further down is no result: it would have been no beam
-                self.finished.append(Beam(self._penalised(beam.score, n_tokens), beam.tokens))
-        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[:num_beams]
-        going_on = going_on[:num_beams]
-        if not going_on or self._settled(going_on[0][1].score, n_tokens):
-            return None
-        self.beams = [beam for _, beam in going_on]
-        return [parent for parent, _ in going_on]
+            tokens = (*self.beams[candidate.parent].tokens, candidate.chosen)
+            beam = Beam(candidate.score, tokens, self.first_row + candidate.parent)
+            if candidate.chosen.token_id not in self.stop_ids:
+                going_on.append(beam)
+            elif rank < self.size:  # what ends further down is no result: it would have been no beam
+                self._finish([beam])
+        self.beams = going_on[: self.size]
+        # With groups the rules are those of transformers 4, the last that has them: what ends counts among the best
+        # that could come, and early_stopping leaves no room for texts that the length ends. Version 5 differs in both.
+        grouped = self.params.num_beam_groups > 1
+        best = candidates[0].score if grouped else self.beams[0].score if self.beams else -math.inf
+        self.ended = not self.beams or self._settled(best, n_tokens)
+        if n_tokens == self.n_max and not (grouped and self.ended):
+            self._finish(self.beams)
+        self.ended = self.ended or n_tokens == self.n_max
+
+    def _finish(self, beams: list[Beam]) -> None:
+        done = [replace(beam, score=self._penalised(beam.score, len(beam.tokens))) for beam in beams]
+        self.finished = sorted(self.finished + done, key=lambda beam: -beam.score)[: self.size]
 
     def _settled(self, best: float, n_tokens: int) -> bool:
-        """Whether the finished texts are the result: no beam can replace one; `best` is the beams' best score."""
-        if len(self.finished) < self.params.num_beams:
+        """Whether the finished texts are the result: no beam can replace one; `best` is the best score of a step."""
+        if len(self.finished) < self.size:
             return False
         if self.params.early_stopping is True:
             return True
@@ -89,6 +107,52 @@ class BeamSearch:
 
     def _penalised(self, score: float, n_tokens: int) -> float:
         return score / math.pow(n_tokens, self.params.length_penalty)
+
+
+class BeamSearch:
+    """The bookkeeping of one search, free of logits and sequences: candidates in, the beams to go on with out.
+
+    Plain search is one group. The beams of all groups that go on are rows of one step.
+    """
+
+    def __init__(self, job: Job, n_max: int) -> None:
+        n_group = job.params.num_beam_groups
+        self.groups = [Group(job.params, job.stop_ids, n_max) for _ in range(n_group)]
+        # transformers pads the beams of a group that has ended, with this token unless a checkpoint has one for that.
+        self.padding = min(job.stop_ids, default=0)
+
+    @property
+    def n_candidates(self) -> int:
+        """Continuations of a group to look at in a step."""
+        return self.groups[0].n_candidates
+
+    @property
+    def beams(self) -> list[Beam]:
+        """What goes on, in the order of the rows."""
+        return [beam for group in self.groups if not group.ended for beam in group.beams]
+
+    @property
+    def finished(self) -> list[Beam]:
+        """The texts that are done, the best first."""
+        return sorted((beam for group in self.groups for beam in group.finished), key=lambda beam: -beam.score)
+
+    def advance(self, candidates_of: Callable[[Group, array[int]], list[Candidate]]) -> list[int] | None:
+        """One step: asks for each group's candidates, given the tokens that the beams of the groups before it took.
+
+        Returns the new beams' parents, or None at the end of the search.
+        """
+        taken = array("i")
+        for group in self.groups:
+            if group.ended:
+                taken.extend([self.padding] * group.size)
+            else:
+                group.advance(candidates_of(group, taken))
+                taken.extend(beam.tokens[-1].token_id for beam in group.beams)
+        n_row = 0
+        for group in self.groups:
+            group.first_row = n_row
+            n_row += 0 if group.ended else len(group.beams)
+        return [beam.parent for beam in self.beams] or None
 
 
 class BeamGeneration(Task):
@@ -108,7 +172,7 @@ class BeamGeneration(Task):
         if self.search.n_candidates > executor.vocab_size or params.num_beams > executor.max_rows:
             most = min(executor.vocab_size * params.num_beams // self.search.n_candidates, executor.max_rows)
             raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
-        self.penalties = Penalties(params, job.prompt_ids)
+        self.candidates = Candidates(job, self.work)
         self.sequences = [executor.new_sequence()]
         self.pending = [job.prompt_ids]  # of each beam, the tokens whose keys and values aren't stored yet
         self.logits: dict[int, Floats] = {}  # of the beams that have run their last token
@@ -117,7 +181,8 @@ class BeamGeneration(Task):
         self.first_token = 0.0
 
     def start(self) -> None:
-        for i, (beam, sequence) in enumerate(zip(self.search.beams, self.sequences, strict=True)):
+        # At first all groups begin with one row, the prompt's.
+        for i, (sequence, beam) in enumerate(zip(self.sequences, self.search.beams, strict=False)):
             generated = np.array([token.token_id for token in beam.tokens], np.int32)
             token_ids = np.concatenate([self.job.prompt_ids, generated])
             self.pending[i] = token_ids[sequence.reuse(token_ids) :]
@@ -159,7 +224,7 @@ class BeamGeneration(Task):
             return
         in_order = [self.logits[i] for i in range(len(self.sequences))]
         self.logits.clear()
-        parents = self.search.advance(_candidates(self.search, self.work, self.penalties, in_order))
+        parents = self.search.advance(partial(self.candidates.of, in_order))
         self.last_token = time.perf_counter()
         self.first_token = self.first_token or self.last_token
         if parents is None:
@@ -208,25 +273,52 @@ def reorder(sequences: list[Sequence], parents: list[int]) -> None:
         old[parent].close()
 
 
-def _candidates(
-    search: BeamSearch, work: Workspace, penalties: Penalties, logits: SequenceOf[Floats]
-) -> list[Candidate]:
-    """The best continuations of the beams, the best first, given the logits of each, float32 [vocab_size]."""
-    totals = [work.logsumexp(row) for row in logits]
-    found: list[tuple[float, int, int]] = []  # score, parent, token_id
-    for parent, (beam, row, total) in enumerate(zip(search.beams, logits, totals, strict=True)):
-        # As in transformers the penalties work on log-probabilities here, not on logits.
-        generated = array("i", [token.token_id for token in beam.tokens])
-        adjusted = penalties.apply(work, row, generated, total)
-        shift = total if adjusted is row else 0.0
-        token_ids, values = work.top(adjusted, search.n_candidates)
-        found += [(beam.score + float(v) - shift, parent, int(i)) for i, v in zip(token_ids, values, strict=True)]
-    found.sort(key=lambda one: -one[0])
-    n_top = search.params.logprobs
-    return [
-        Candidate(score, parent, token_logprob(work, logits[parent], totals[parent], token_id, n_top))
-        for score, parent, token_id in found[: search.n_candidates]
-    ]
+class Candidates:
+    """What makes candidates of logits: the best continuations of a group's beams, or a draw of them."""
+
+    def __init__(self, job: Job, work: Workspace) -> None:
+        self.params = job.params
+        self.work = work
+        self.penalties = Penalties(job.params, job.prompt_ids)
+        self.seed = job.params.choose_seed()
+        self.n_least = max(2, 1 + len(job.stop_ids))  # tokens that the filters leave, so that one can go on
+
+    def of(self, logits: SequenceOf[Floats], group: Group, taken: array[int]) -> list[Candidate]:
+        """The n_candidates of a group, the best first, given the logits of each row, float32 [vocab_size]."""
+        find = self._draw if self.params.samples else self._best
+        rows = logits[group.first_row : group.first_row + len(group.beams)]
+        totals = [self.work.logsumexp(row) for row in rows]
+        found: list[tuple[float, float, int, int]] = []  # rank, score, parent, token_id
+        for parent, (beam, row, total) in enumerate(zip(group.beams, rows, totals, strict=True)):
+            # As in transformers the penalties work on log-probabilities here, not on logits.
+            generated = array("i", [token.token_id for token in beam.tokens])
+            adjusted = self.penalties.apply(self.work, row, generated, total, taken)
+            shift = total if adjusted is row else 0.0
+            token_ids, ranks, scores = find(adjusted, shift, beam, parent, group.n_candidates)
+            found += zip(ranks.tolist(), scores.tolist(), itertools.repeat(parent), token_ids.tolist())
+        found.sort(key=lambda one: one[0])
+        n_top = self.params.logprobs
+        return [
+            Candidate(score, parent, token_logprob(self.work, rows[parent], totals[parent], token_id, n_top))
+            for _, score, parent, token_id in sorted(found[: group.n_candidates], key=lambda one: -one[1])
+        ]
+
+    def _best(self, logits: Floats, shift: float, beam: Beam, parent: int, n: int) -> Found:
+        """The n best continuations of a beam."""
+        token_ids, values = self.work.top(logits, n)
+        scores = beam.score + (values.astype(np.float64) - shift)
+        return token_ids, -scores, scores
+
+    def _draw(self, logits: Floats, shift: float, beam: Beam, parent: int, n: int) -> Found:
+        """The first n continuations of a beam that arrive in a race at rates of exp(score): see `Workspace.race`."""
+        params = self.params
+        first = 2 * n * len(beam.tokens)
+        uniforms = np.array([uniform(self.seed, parent, first + i) for i in range(2 * n)])
+        filters = (params.temperature, params.top_k, params.top_p, params.min_p, self.n_least)
+        token_ids, log_times = self.work.race(logits, *filters, uniforms)
+        scale = min(1 / params.temperature, 1e30)  # as the race's
+        scores = beam.score + (logits[token_ids].astype(np.float64) - shift) * scale
+        return token_ids, log_times + (shift * scale - beam.score), scores
 
 
 def _completion(job: Job, beam: Beam, usage: Usage) -> Completion:

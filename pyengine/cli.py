@@ -149,6 +149,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--length-penalty", type=float, default=1.0, metavar="X", help="of beam search: above 0 favours longer texts"
     )
+    sub.add_argument(
+        "--num-beam-groups", type=int, default=1, metavar="N", help="divide the beams into N groups (default 1)"
+    )
+    sub.add_argument(
+        "--diversity-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="with groups: taken from a token that a group before chose in the same step",
+    )
+    sub.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens; with --num-beams it draws what beams compete with (default: draw without beams)",
+    )
     sub.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     sub.add_argument("--no-prompt", action="store_true", help="don't print the prompt before its continuation")
     sub.add_argument("--stats", action="store_true", help="print speed, threads and SIMD level on stderr")
@@ -249,12 +264,13 @@ def generate(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     model = open_model(arguments)
     loaded = time.perf_counter()
-    names = ("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    params = {name: getattr(arguments, name) for name in (*names, "stop", "seed", "ignore_eos")}
+    names = ["max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
+    names += ["stop", "seed", "ignore_eos", "do_sample"]
+    names += ["num_beams", "length_penalty", "num_beam_groups", "diversity_penalty"]
+    params = {name: getattr(arguments, name) for name in names}
     beams = arguments.num_beams > 1
     params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
     if beams:
-        params |= {"num_beams": arguments.num_beams, "length_penalty": arguments.length_penalty}
         completion = model.generate(prompt, **params)
         write(completion.text if arguments.no_prompt else prompt + completion.text)
         n, usage = len(completion.token_ids), completion.usage

@@ -212,6 +212,9 @@ class Model:
         num_return_sequences: int = 1,
         logprobs: int = 0,
         ignore_eos: bool = False,
+        do_sample: bool | None = None,
+        num_beam_groups: int = 1,
+        diversity_penalty: float = 0.0,
     ) -> Any:
         """Continues a prompt: a str, a list of token ids, or a list of either, which runs as one batch.
 
@@ -223,9 +226,11 @@ class Model:
 
         >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
         >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]
+        >>> model.generate("One", num_beams=6, num_beam_groups=3, diversity_penalty=1.0, num_return_sequences=3)
         """
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -240,6 +245,8 @@ class Model:
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
+            num_beam_groups=num_beam_groups,
+            diversity_penalty=diversity_penalty,
             num_return_sequences=num_return_sequences,
             logprobs=logprobs,
             ignore_eos=ignore_eos,

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ._native.sampling import Workspace, uniform
+from ._native.drawing import uniform
+from ._native.sampling import Workspace
 from .errors import ArgumentError, ArgumentTypeError
 
 MAX_INT = 2**31 - 1
+NONE = array("i")  # no token ids
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,20 @@ class SamplingParams:
 
     A logit goes through repetition_penalty (for tokens of the prompt and generated ones), presence_penalty and
     frequency_penalty (generated ones; as OpenAI defines them), logit_bias, temperature, top_k, top_p, min_p; then one
-    token is drawn. temperature=0 takes the largest logit instead, the lowest id of those that tie. num_beams > 1
-    searches for the most probable text and draws nothing.
+    token is drawn. do_sample=False or temperature=0 take the largest logit instead, the lowest id of those that tie.
 
-    The draw depends on the seed, on which of num_return_sequences it is for, and on how many tokens that one has: so
-    the same seed gives the same text, alone or in a batch. Without a seed each sample takes a fresh one.
+    num_beams > 1 searches for the most probable text (beam search, Lowerre 1976).
+
+    num_beam_groups > 1 searches in groups of beams, one after the other: from a token's log-probability each takes
+    diversity_penalty for every beam of the groups before it that chose this token in the same step (diverse beam
+    search, Vijayakumar et al. 2016). As in transformers, a group that has ended counts as choosing the end of text.
+
+    do_sample=True with num_beams > 1 draws the continuations that compete (beam sampling): without replacement, in
+    proportion to exp(score). A score adds up log-probabilities after penalties, temperature and filters; the filters
+    leave each beam one token more than can end a text, and at least two.
+
+    The draw depends on the seed, on which of num_return_sequences or beams it is for, and on how many tokens that one
+    has: so the same seed gives the same text, alone or in a batch. Without a seed each sample takes a fresh one.
 
     Raises `ArgumentError` or `ArgumentTypeError` naming the argument, what is expected and what came.
 
@@ -55,9 +66,14 @@ class SamplingParams:
     num_return_sequences: int = 1
     logprobs: int = 0  # alternatives listed with each token's log-probability
     ignore_eos: bool = False  # generate past the model's end of text
+    do_sample: bool | None = None  # None: draw with one beam, search without drawing with more
+    num_beam_groups: int = 1  # a divisor of num_beams
+    diversity_penalty: float = 0.0  # above 0 with groups
 
     def __post_init__(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
+        if self.do_sample is not None and not isinstance(self.do_sample, bool):
+            raise ArgumentTypeError(f"do_sample: expected True, False or None, got {self.do_sample!r}")
         _number("temperature", self.temperature, "at least 0", lambda value: value >= 0)
         _integer("top_k", self.top_k, 0, MAX_INT)
         _number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -79,21 +95,48 @@ class SamplingParams:
         _integer("logprobs", self.logprobs, 0, MAX_INT)
         if not isinstance(self.ignore_eos, bool):
             raise ArgumentTypeError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
+        if self.do_sample and self.temperature == 0:
+            raise ArgumentError("temperature: expected above 0 with do_sample=True, got 0")
+        self._check_groups()
         if self.num_beams > 1:
             self._check_beams()
 
+    def _check_groups(self) -> None:
+        n = self.num_beam_groups
+        _integer("num_beam_groups", n, 1, MAX_INT)
+        _number("diversity_penalty", self.diversity_penalty, "at least 0", lambda value: value >= 0)
+        if self.num_beams % n:
+            raise ArgumentError(f"num_beam_groups: expected a divisor of num_beams={self.num_beams}, got {n}")
+        if (n > 1) != (self.diversity_penalty > 0):
+            expected = "above 0" if n > 1 else "0 or unset"
+            raise ArgumentError(
+                f"diversity_penalty: expected {expected} with num_beam_groups={n}, got {self.diversity_penalty}"
+            )
+        if n > 1 and self.do_sample:
+            raise ArgumentError(f"do_sample: expected False or unset with num_beam_groups={n}, got True")
+
     def _check_beams(self) -> None:
-        if self.temperature not in (0, 1):
-            raise _with_beams("temperature", "0 or unset", self.temperature, self.num_beams)
+        if not self.samples and self.temperature not in (0, 1):
+            raise _with_beams("temperature", "0, unset or do_sample=True", self.temperature, self.num_beams)
         for name, unset in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None)):
-            if getattr(self, name) != unset:
-                raise _with_beams(name, f"{unset!r} or unset", getattr(self, name), self.num_beams)
+            if not self.samples and getattr(self, name) != unset:
+                expected = f"{unset!r}, unset or do_sample=True"
+                raise _with_beams(name, expected, getattr(self, name), self.num_beams)
         if self.stop_strings:
             raise _with_beams("stop", "no strings (stop_token_ids can be used)", self.stop, self.num_beams)
         if self.num_return_sequences > self.num_beams:
             raise _with_beams(
                 "num_return_sequences", f"at most {self.num_beams}", self.num_return_sequences, self.num_beams
             )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return (self.num_beams == 1 and self.temperature > 0) if self.do_sample is None else self.do_sample
+
+    def choose_seed(self) -> int:
+        """The seed, or a fresh one."""
+        return int.from_bytes(os.urandom(8), "little") if self.seed is None else operator.index(self.seed)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -135,15 +178,27 @@ class Penalties:
         self.factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
+        self.diversity_penalty = params.diversity_penalty
         self.any = self.factors != (1, 0, 0) or len(bias) > 0
 
     def apply(
-        self, work: Workspace, logits: NDArray[np.float32], generated: array[int], shift: float = 0.0
+        self,
+        work: Workspace,
+        logits: NDArray[np.float32],
+        generated: array[int],
+        shift: float = 0.0,
+        taken: array[int] = NONE,
     ) -> NDArray[np.float32]:
-        """logits - shift, adjusted: float32 [vocab_size], valid until the next call; just `logits` without any."""
-        if not self.any:
+        """logits - shift, adjusted: float32 [vocab_size], valid until the next call; just `logits` without any.
+
+        `taken` are the tokens that other groups of beams chose.
+        """
+        if not self.any and not taken:
             return logits
-        return work.adjust(logits, shift, self.prompt_ids, generated, *self.factors, self.bias_ids, self.bias)
+        diversity = (taken, self.diversity_penalty)
+        return work.adjust(
+            logits, shift, *diversity, self.prompt_ids, generated, *self.factors, self.bias_ids, self.bias
+        )
 
 
 class Sampler:
@@ -159,7 +214,7 @@ class Sampler:
         self.work = work
         self.penalties = Penalties(params, prompt_ids)
         self.sample_index = sample_index
-        self.seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else operator.index(params.seed)
+        self.seed = params.choose_seed()
         self.generated = array("i")
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
@@ -167,7 +222,7 @@ class Sampler:
         params, work = self.params, self.work
         total = work.logsumexp(logits)
         adjusted = self.penalties.apply(work, logits, self.generated)
-        if params.temperature == 0:
+        if not params.samples:
             token_id = work.argmax(adjusted)
         else:
             number = uniform(self.seed, self.sample_index, len(self.generated))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ._native.sampling import token_logprobs
+from ._native.logprobs import token_logprobs
 from .errors import ArgumentError, ArgumentTypeError
 from .executor import Executor, Rows
 from .generation import Ids, check_token_ids

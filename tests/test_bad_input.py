@@ -304,10 +304,14 @@ PARAMS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ignore_eos": ({"ignore_eos": 1}, ArgumentTypeError, "ignore_eos: expected True or False, got 1"),
 }
 BEAMS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "temperature": ({"temperature": 0.5}, ArgumentError, "temperature: expected 0 or unset with num_beams=2, got 0.5"),
-    "top_k": ({"top_k": 5}, ArgumentError, "top_k: expected 0 or unset with num_beams=2, got 5"),
-    "top_p": ({"top_p": 0.5}, ArgumentError, "top_p: expected 1 or unset with num_beams=2, got 0.5"),
-    "seed": ({"seed": 5}, ArgumentError, "seed: expected None or unset with num_beams=2, got 5"),
+    "temperature": (
+        {"temperature": 0.5},
+        ArgumentError,
+        "temperature: expected 0, unset or do_sample=True with num_beams=2, got 0.5",
+    ),
+    "top_k": ({"top_k": 5}, ArgumentError, "top_k: expected 0, unset or do_sample=True with num_beams=2, got 5"),
+    "top_p": ({"top_p": 0.5}, ArgumentError, "top_p: expected 1, unset or do_sample=True with num_beams=2, got 0.5"),
+    "seed": ({"seed": 5}, ArgumentError, "seed: expected None, unset or do_sample=True with num_beams=2, got 5"),
     "stop": ({"stop": "a"}, ArgumentError, "stop: expected no strings"),
     "samples": (
         {"num_return_sequences": 3},

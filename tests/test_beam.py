@@ -219,6 +219,9 @@ FROZEN: list[tuple[list[int], list[int], dict[str, Any], list[list[int]], list[f
 ]
 
 
+GROUPS = json.loads((Path(__file__).parent / "golden" / "beam_groups_table.json").read_text())
+
+
 def search(executor: Any, prompt_ids: list[int], stop_ids: Any = (), **arguments: Any) -> list[Completion]:
     """Beam search that leaves nothing open."""
     params = SamplingParams(**{"max_new_tokens": 6, "num_beams": 3} | arguments)
@@ -239,6 +242,37 @@ def test_results_of_transformers(
     assert [one.token_ids for one in found] == sequences
     assert [one.score for one in found] == pytest.approx(scores, abs=1e-4)
     assert [one.finish_reason for one in found] == ["stop" if ids[-1] in stop_ids else "length" for ids in sequences]
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=lambda case: str(case["arguments"]))
+def test_groups_give_the_results_of_transformers(case: dict[str, Any]) -> None:
+    stop_ids = case["stop_token_ids"]
+    found = search(FakeExecutor(16), case["prompt"], stop_ids, **case["arguments"])
+    sequences = [one.token_ids for one in found]
+    for token_ids in sequences:  # that version puts the first of the stop tokens in the place of each
+        token_ids[-1] = stop_ids[0] if token_ids[-1] in stop_ids else token_ids[-1]
+    assert sequences == case["sequences"]
+    assert [one.score for one in found] == pytest.approx(case["scores"], rel=1e-5, abs=1e-5)
+
+
+def test_groups_differ_by_the_penalty() -> None:
+    arguments: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 3}
+    groups: dict[str, Any] = {"num_beam_groups": 4, "diversity_penalty": 1000.0}
+    found = search(FakeExecutor(), [1, 2], **arguments, **groups)
+    for step in range(3):
+        assert len({one.token_ids[step] for one in found}) == 4
+    first = search(FakeExecutor(), [1, 2], num_beams=1, do_sample=False, max_new_tokens=3)
+    assert found[0].token_ids == first[0].token_ids  # the first group knows of no other
+
+
+def test_a_group_that_has_ended_runs_no_further() -> None:
+    executor = FakeExecutor()
+    executor.table[:, :, 7], executor.table[:, :, 8] = 10.0, 9.0  # what the first and the second group begin with
+    executor.table[:, 7, 5] = 20.0
+    groups: dict[str, Any] = {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 5.0}
+    found = search(executor, [1], [5], **groups, early_stopping=True, num_return_sequences=2, max_new_tokens=4)
+    assert executor.steps == [[1], [1, 1], [1], [1]]
+    assert sorted(one.token_ids[:2] for one in found) == [[7, 5], [8, 8]]
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny", "gpt2-untied", "gpt2-wide-head", "gpt2-erf"])

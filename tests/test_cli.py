@@ -111,6 +111,14 @@ def test_generate_options_arrive() -> None:
     code, out, err = run("generate", "Once", *options.split(), "--kv-dtype", "float32")
     assert (code, out) == (0, f"{beams.text}\n")
     assert "9 tokens" in err and "; float32, KV float32, " in err
+    options = {"num_beams": 4, "max_new_tokens": 9}
+    groups = model.generate("Once", **options, num_beam_groups=2, diversity_penalty=0.5)
+    command = ["generate", "Once", "--dtype", "float32", "--no-prompt", "--max-new-tokens", "9", "--num-beams", "4"]
+    assert run(*command, "--num-beam-groups", "2", "--diversity-penalty", ".5") == (0, f"{groups.text}\n", "")
+    sampled = model.generate("Once", **options, do_sample=True, top_p=0.9, seed=3)
+    assert run(*command, "--do-sample", "--top-p", ".9", "--seed", "3") == (0, f"{sampled.text}\n", "")
+    greedy = model.generate("Once", max_new_tokens=9, do_sample=False)
+    assert run(*command, "--num-beams", "1", "--no-do-sample") == (0, f"{greedy.text}\n", "")
     assert "; int8, KV bfloat16, " in run("generate", "Once", "--kv-dtype", "bfloat16", "--stats", "--no-prompt")[2]
 
 
@@ -167,8 +175,15 @@ REFUSED = {
     "max_new_tokens": (("--max-new-tokens", "0"), "max_new_tokens: expected 1 to"),
     "beams": (
         ("--num-beams", "2", "--temperature", "0.5"),
-        "temperature: expected 0 or unset with num_beams=2, got 0.5",
+        "temperature: expected 0, unset or do_sample=True with num_beams=2, got 0.5",
     ),
+    "groups": (
+        ("--num-beams", "4", "--num-beam-groups", "3"),
+        "num_beam_groups: expected a divisor of num_beams=4, got 3",
+    ),
+    "groups without beams": (("--num-beam-groups", "2"), "num_beam_groups: expected a divisor of num_beams=1, got 2"),
+    "diversity": (("--diversity-penalty", "nan"), "diversity_penalty: expected at least 0, got nan"),
+    "do_sample": (("--do-sample", "--temperature", "0"), "temperature: expected above 0 with do_sample=True, got 0"),
     "stop": (("--stop", ""), "stop: expected strings of at least one character, got ''"),
 }
 

@@ -48,6 +48,28 @@ def test_golden_beams(shared: Path, case: str) -> None:
         np.testing.assert_allclose([c.score for c in completions], search["scores"], atol=1e-4)
 
 
+GROUPS = json.loads((Path(__file__).parent / "golden" / "beam_groups.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_beam_groups(shared: Path, case: str) -> None:
+    folder = shared / "data" / "golden" / case
+    prompt = np.load(folder / "golden.npz")["prompt"][0].tolist()
+    model = pyengine.load(folder, dtype="float32")
+    searches = [search for search in GROUPS if search["checkpoint"] == case]
+    assert len(searches) == 9
+    for search in searches:
+        stop_ids = search["stop_token_ids"]
+        completions: Any = model.generate(
+            prompt, max_new_tokens=16, ignore_eos=True, stop_token_ids=stop_ids, **search["arguments"]
+        )
+        found = [c.token_ids for c in completions]
+        for token_ids in found:  # that version puts the first of the stop tokens in the place of each
+            token_ids[-1] = stop_ids[0] if token_ids[-1] in stop_ids else token_ids[-1]
+        assert found == search["sequences"]
+        np.testing.assert_allclose([c.score for c in completions], search["scores"], rtol=2e-6)
+
+
 CONFIGS: list[dict[str, Any]] = [
     *({"activation_function": name} for name in ("gelu_new", "gelu", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu")),
     *({"activation_function": name} for name in ("relu", "silu", "swish", "tanh")),

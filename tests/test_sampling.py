@@ -1,4 +1,4 @@
-"""The sampler: the native row operations against plain numpy, the draw's distribution, and the arguments' checks."""
+"""What sampling does to a row of logits: the native operations against plain numpy, and the draw's distribution."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pyengine._native import simd
-from pyengine._native.sampling import Workspace, philox4x32, token_logprobs, uniform
-from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
-from pyengine.sampling import Sampler, SamplingParams
+from pyengine._native.drawing import philox4x32, uniform
+from pyengine._native.logprobs import token_logprobs
+from pyengine._native.sampling import Workspace
+from pyengine.errors import ArgumentError, NonFiniteError
 
 NONE = np.empty(0, np.int32)
 SIZES = [1, 2, 3, 31, 63, 64, 65, 97, 129, 511, 513, 2049, 5000]
@@ -133,6 +134,46 @@ def test_filters_equal_their_definition(
 
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize("n_least", [2, 3, 70])
+def test_filters_leave_the_n_least_largest(vocab_size: int, kind: str, n_least: int) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    everything = work.probabilities(row, 1.0, 0, 1.0, 0.0)
+    least = np.sort(row)[max(vocab_size - n_least, 0)]
+    for top_k, top_p, min_p in ((1, 1.0, 0.0), (0, 1e-9, 0.0), (0, 1.0, 0.9999), (1, 1e-9, 0.9999), (100, 0.5, 0.2)):
+        kept = work.probabilities(row, 1.0, top_k, top_p, min_p) > 0
+        expected = (kept | (row >= least)) & (everything > 0)
+        got = work.probabilities(row, 1.0, top_k, top_p, min_p, n_least) > 0
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.6, 9)])
+def test_a_race_equals_inversion_over_what_is_left(vocab_size: int, kind: str, temperature: float, top_k: int) -> None:
+    row, work = rows(vocab_size)[kind], Workspace(vocab_size)
+    uniforms = np.array([uniform(11, 0, i) for i in range(40)])
+    rates, time = work.probabilities(row, temperature, top_k, 1.0, 0.0), 0.0
+    top = float(row.max())
+    rates *= np.exp((row - top) / temperature).sum(where=rates > 0, dtype=np.float64)  # 1 for the largest
+    token_ids, log_times = work.race(row, temperature, top_k, 1.0, 0.0, 1, uniforms)
+    assert len(token_ids) == min(20, np.count_nonzero(rates))
+    for i, (token_id, log_time) in enumerate(zip(token_ids, log_times, strict=True)):
+        cumulative = np.cumsum(rates)
+        bounds = cumulative[[token_id - 1, token_id]] if token_id else (0.0, cumulative[0])
+        assert bounds[0] * (1 - 1e-6) <= uniforms[2 * i] * cumulative[-1] <= bounds[1] * (1 + 1e-6)
+        time -= math.log1p(-uniforms[2 * i + 1]) / cumulative[-1]
+        assert log_time == pytest.approx(math.log(time) - top / temperature, rel=1e-6, abs=1e-4)
+        rates[token_id] = 0.0
+    assert len(set(token_ids.tolist())) == len(token_ids)
+
+
+def test_a_race_of_nobody() -> None:
+    token_ids, log_times = Workspace(9).race(np.zeros(9, np.float32), 1.0, 0, 1.0, 0.0, 1, np.empty(0))
+    assert len(token_ids) == len(log_times) == 0
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("kind", rows(1))
 @pytest.mark.parametrize("top_p", [1 - 1e-6, 1 - 1e-12, 1 - 2**-53])
 def test_top_p_next_to_1_drops_no_more_than_the_rest(vocab_size: int, kind: str, top_p: float) -> None:
     row, work = rows(vocab_size)[kind], Workspace(vocab_size)
@@ -210,11 +251,20 @@ def test_penalties_follow_their_formulas() -> None:
     bias_ids, bias = np.array([6, 5], np.int32), np.array([-np.inf, 0.25], np.float32)
     work = Workspace(7)
     for _ in range(2):  # nothing stays behind
-        got = work.adjust(row, 0.0, prompt, generated, 2.0, 0.5, 0.125, bias_ids, bias)
+        got = work.adjust(row, 0.0, NONE, 0.0, prompt, generated, 2.0, 0.5, 0.125, bias_ids, bias)
         once, twice = 0.5 + 0.125, 0.5 + 0.25
         expected = [1.0, -4.0 - once, 0.5 - twice, 0.5, -2.0 - once, 3.25, -np.inf]
         np.testing.assert_array_equal(got, np.array(expected, np.float32))
-    np.testing.assert_array_equal(work.adjust(row, 1.5, NONE, NONE, 1.0, 0.0, 0.0, NONE, bias[:0]), row - 1.5)
+    got = work.adjust(row, 1.5, NONE, 0.0, NONE, NONE, 1.0, 0.0, 0.0, NONE, bias[:0])
+    np.testing.assert_array_equal(got, row - 1.5)
+
+
+def test_what_other_groups_took_is_penalised_before_anything_else() -> None:
+    row, taken = np.array([2.0, -2.0, 1.0], np.float32), array("i", [2, 0, 2])
+    got = Workspace(3).adjust(row, 0.5, taken, 0.25, np.array([2], np.int32), NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+    np.testing.assert_array_equal(got, [1.25, -2.5, 0.0])
+    got = Workspace(3).adjust(row, 0.0, taken, 1.0, np.array([2], np.int32), NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+    np.testing.assert_array_equal(got, [1.0, -2.0, -2.0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -229,6 +279,7 @@ def test_logits_that_cannot_be_used_are_refused(value: float, vocab_size: int) -
             lambda row=row: work.argmax(row),
             lambda row=row: work.top(row, 2),
             lambda row=row: work.draw(row, 1.0, 2, 0.9, 0.1, 0.5),
+            lambda row=row: work.race(row, 1.0, 2, 0.9, 0.1, 1, np.array([0.5, 0.5])),
             lambda row=row: token_logprobs(row[None], np.zeros(1, np.int32)),
         ):
             with pytest.raises(NonFiniteError, match=f"1 of {vocab_size} NaN or \\+inf, the first at token id {i} "):
@@ -248,7 +299,7 @@ def test_sizes_and_ids_are_checked() -> None:
     for bad in (-1, 9):
         ids = np.array([0, bad], np.int32)
         with pytest.raises(ArgumentError, match=rf"token_ids\[1\]: expected 0 to 8, got {bad}"):
-            work.adjust(row, 0.0, ids, NONE, 2.0, 0.0, 0.0, NONE, row[:0])
+            work.adjust(row, 0.0, NONE, 0.0, ids, NONE, 2.0, 0.0, 0.0, NONE, row[:0])
         with pytest.raises(ArgumentError, match="expected 0 to 8"):
             token_logprobs(np.zeros((2, 9), np.float32), ids)
 
@@ -263,138 +314,9 @@ def test_all_simd_levels_give_the_same_bits() -> None:
             simd.use(level)
             probs = work.probabilities(row, 0.9, 0, 0.95, 0.001)
             draws = [work.draw(row, 0.9, 0, 0.95, 0.001, uniform(1, 0, i)) for i in range(100)]
-            results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws))
+            raced = [one.tobytes() for one in work.race(row, 0.9, 0, 0.95, 0.001, 3, np.linspace(0, 0.99, 30))]
+            results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws, raced))
     finally:
         simd.use(before)
     assert [result[0] for result in results] == FMA_LEVELS
     assert all(result[1:] == results[0][1:] for result in results)
-
-
-def draws(params: SamplingParams, n: int = 20, sample_index: int = 0) -> list[int]:
-    sampler = Sampler(params, Workspace(600), NONE, sample_index)
-    return [sampler.sample(rows(600)["normal"]).token_id for _ in range(n)]
-
-
-def test_the_seed_decides() -> None:
-    assert draws(SamplingParams(seed=5)) == draws(SamplingParams(seed=5))
-    assert draws(SamplingParams(seed=5)) != draws(SamplingParams(seed=6))
-    assert draws(SamplingParams(seed=5)) != draws(SamplingParams(seed=5), sample_index=1)
-    assert draws(SamplingParams()) != draws(SamplingParams())
-    assert len(set(draws(SamplingParams(seed=5)))) > 10
-
-
-def test_temperature_0_is_the_largest_logit_after_penalties() -> None:
-    row = rows(600)["normal"]
-    order = np.argsort(-row)
-    assert draws(SamplingParams(temperature=0)) == [order[0]] * 20
-    best = int(order[0])
-    assert draws(SamplingParams(temperature=0, logit_bias={best: -math.inf}), 1) == [order[1]]
-    assert draws(SamplingParams(temperature=0, presence_penalty=100.0), 3) == order[:3].tolist()
-
-
-def test_logprobs_are_of_the_models_own_distribution() -> None:
-    row = rows(600)["normal"]
-    exact = row - np.log(np.exp(row.astype(np.float64)).sum())
-    params = SamplingParams(temperature=0.5, top_k=2, logit_bias={17: 50.0}, logprobs=3, seed=0)
-    chosen = Sampler(params, Workspace(600), NONE).sample(row)
-    best = np.argsort(-row)[:3]
-    assert chosen.token_id == 17
-    assert chosen.logprob == pytest.approx(exact[17], abs=1e-6)
-    assert [token_id for token_id, _ in chosen.top] == best.tolist()
-    assert [logprob for _, logprob in chosen.top] == pytest.approx(exact[best].tolist(), abs=1e-6)
-    assert Sampler(SamplingParams(), Workspace(600), NONE).sample(row).top == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 to .*, got 0"),
-        ({"temperature": -0.5}, "temperature: expected at least 0, got -0.5"),
-        ({"temperature": math.nan}, "temperature: .* got nan"),
-        ({"temperature": math.inf}, "temperature: .* got inf"),
-        ({"top_k": -1}, "top_k: .* got -1"),
-        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.5}, "top_p: .* got 1.5"),
-        ({"top_p": math.nan}, "top_p: .* got nan"),
-        ({"min_p": 1.0}, "min_p: expected at least 0 and below 1, got 1.0"),
-        ({"min_p": -0.1}, "min_p: .* got -0.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0, got 0.0"),
-        ({"repetition_penalty": math.nan}, "repetition_penalty: .* got nan"),
-        ({"presence_penalty": math.inf}, "presence_penalty: .* got inf"),
-        ({"frequency_penalty": math.nan}, "frequency_penalty: .* got nan"),
-        ({"logit_bias": {-1: 0.0}}, "logit_bias: .* got -1"),
-        ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: .* got nan"),
-        ({"logit_bias": {1: math.inf}}, r"logit_bias\[1\]: .* got inf"),
-        ({"stop": ""}, "stop: expected strings of at least one character"),
-        ({"stop": ["a", ""]}, "stop: expected strings of at least one character"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids: .* got -1"),
-        ({"seed": -1}, "seed: expected 0 to .* got -1"),
-        ({"seed": 2**64}, "seed: .* got 18446744073709551616"),
-        ({"num_beams": 0}, "num_beams: .* got 0"),
-        ({"length_penalty": math.nan}, "length_penalty: .* got nan"),
-        ({"length_penalty": 11}, "length_penalty: .* got 11"),
-        ({"early_stopping": "always"}, "early_stopping: expected True, False or 'never', got 'always'"),
-        ({"num_return_sequences": 0}, "num_return_sequences: .* got 0"),
-        ({"logprobs": -1}, "logprobs: .* got -1"),
-        ({"num_beams": 4, "temperature": 0.7}, "temperature: .* num_beams=4, got 0.7"),
-        ({"num_beams": 4, "top_k": 5}, "top_k: .* num_beams=4, got 5"),
-        ({"num_beams": 4, "top_p": 0.5}, "top_p: .* num_beams=4, got 0.5"),
-        ({"num_beams": 4, "min_p": 0.5}, "min_p: .* num_beams=4, got 0.5"),
-        ({"num_beams": 4, "seed": 0}, "seed: .* num_beams=4, got 0"),
-        ({"num_beams": 4, "stop": "x"}, "stop: .* num_beams=4, got 'x'"),
-        (
-            {"num_beams": 4, "num_return_sequences": 5},
-            "num_return_sequences: expected at most 4 with num_beams=4, got 5",
-        ),
-    ],
-)
-def test_arguments_that_cannot_be_honoured_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ArgumentError, match=f"^{message}"):
-        SamplingParams(**arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"max_new_tokens": True},
-        {"max_new_tokens": 1.0},
-        {"temperature": True},
-        {"temperature": "1"},
-        {"top_k": 1.5},
-        {"top_k": None},
-        {"seed": True},
-        {"seed": 1.0},
-        {"logit_bias": [1]},
-        {"logit_bias": {"a": 1.0}},
-        {"logit_bias": {True: 1.0}},
-        {"logit_bias": {1: "a"}},
-        {"stop": 3},
-        {"stop": [3]},
-        {"stop": b"x"},
-        {"stop_token_ids": 3},
-        {"stop_token_ids": "3"},
-        {"stop_token_ids": [True]},
-        {"num_beams": True},
-        {"logprobs": True},
-        {"ignore_eos": 1},
-    ],
-)
-def test_arguments_of_a_wrong_type_are_refused_by_name(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentTypeError, match=f"^{next(iter(arguments))}"):
-        SamplingParams(**arguments)
-
-
-def test_numpy_numbers_are_numbers() -> None:
-    params = SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5), seed=np.uint64(3))  # type: ignore[arg-type]
-    assert draws(params) == draws(SamplingParams(top_k=5, temperature=0.5, seed=3))
-
-
-def test_arguments_are_checked_against_the_vocabulary() -> None:
-    for arguments in ({"logit_bias": {600: 1.0}}, {"stop_token_ids": [600]}, {"logprobs": 601}):
-        with pytest.raises(ArgumentError, match=rf"^{next(iter(arguments))}: expected .* 600 .*, got 60[01]"):
-            SamplingParams(**arguments).check_vocab(600)  # type: ignore[arg-type]
-
-
-def test_stop_ids() -> None:
-    assert SamplingParams(stop_token_ids=[1, 2]).stop_ids([0]) == {0, 1, 2}
-    assert SamplingParams(stop_token_ids=[1], ignore_eos=True).stop_ids([0]) == {1}

@@ -130,6 +130,8 @@ class Wish:
             repetition_penalty=float(rng.choice([1.0, 1.2])),
             seed=None if self.kind == "beams" else seed,
             num_beams=3 if self.kind == "beams" else 1,
+            num_beam_groups=3 if self.kind == "beams" and seed % 2 else 1,
+            diversity_penalty=0.5 if self.kind == "beams" and seed % 2 else 0.0,
             num_return_sequences=3 if self.kind in ("samples", "beams") else 1,
         )
         self.job = Job(self.token_ids, params, frozenset([5]))

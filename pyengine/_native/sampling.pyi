@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -6,10 +5,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
-
-def uniform(seed: int, sample_index: int, position: int) -> float: ...
-def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]: ...
-def token_logprobs(logits: Floats, token_ids: Ids) -> NDArray[np.float64]: ...
 
 class Workspace:
     vocab_size: int
@@ -21,8 +16,10 @@ class Workspace:
         self,
         logits: Floats,
         shift: float,
+        taken_ids: Any,  # a buffer of int32, as generated_ids
+        diversity_penalty: float,
         prompt_ids: Ids,
-        generated_ids: Any,  # a buffer of int32
+        generated_ids: Any,
         repetition_penalty: float,
         presence_penalty: float,
         frequency_penalty: float,
@@ -30,8 +27,18 @@ class Workspace:
         bias: Floats,
     ) -> Floats: ...
     def probabilities(
-        self, logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float
+        self, logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, n_least: int = 1
     ) -> NDArray[np.float64]: ...
     def draw(
         self, logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
     ) -> int: ...
+    def race(
+        self,
+        logits: Floats,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        n_least: int,
+        uniforms: NDArray[np.float64],
+    ) -> tuple[Ids, NDArray[np.float64]]: ...

@@ -1,95 +1,29 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
 """What sampling does over a whole vocabulary: check, penalise, filter, draw, rank. All of it in O(vocab_size).
 
-Nothing is sorted but a few dozen entries. A filter is a cut-off: the lowest logit that stays. It is found by dividing
-the range of logits into buckets, adding up what falls into each, and looking again inside the one bucket where the sum
-passes the target. So tokens that tie with the cut-off stay, whatever their ids.
-
-The draw inverts the cumulative distribution over ascending token ids; sums are float64 in a fixed order. What depends on
-the SIMD level (`max`, `exp_sum`) gives the same bits at every level that has a fused multiply-add.
+A filter is a cut-off (`cutoffs`): the lowest logit that stays. So tokens that tie with it stay, whatever their ids. What
+depends on the SIMD level (`max`, `exp_sum`) gives the same bits at every level that has a fused multiply-add.
 """
 
+from libc.float cimport FLT_MAX
 from libc.math cimport INFINITY, log
-from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t
 from libc.stdlib cimport qsort
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
+from .cutoffs cimport FEW, PEAK, bounds, coarse, cutoff, gather
+from .drawing cimport BLOCK, add_up, invert, race
+from .logprobs cimport check_ids, log_sum_exp
 from .simd cimport kernels
 
 import numpy as np
 
-from ..errors import ArgumentError, NonFiniteError
-
-cdef enum:
-    N_BUCKET = 2048
-    FEW = 64  # entries that are sorted rather than divided again
-    PEAK = 64  # logits in a block of which only the maximum is looked at first
-    BLOCK = 512  # weights in one partial sum of the cumulative distribution
-    LANES = 8  # partial sums side by side: one alone would wait for each addition
-
-cdef float LOWEST = -3.4028234e38  # the lowest finite float32
+from ..errors import ArgumentError
+from .logprobs import unusable
 
 ctypedef struct Entry:
     float value
     int32_t token_id
-
-
-def uniform(uint64_t seed, uint32_t sample_index, uint64_t position) -> float:
-    """A number in [0, 1) that depends on its arguments alone: Philox4x32-10 (Salmon et al. 2011), 53 bits of it."""
-    cdef uint32_t words[4]
-    words[0], words[1] = <uint32_t> position, <uint32_t> (position >> 32)
-    words[2], words[3] = sample_index, 0
-    philox(words, <uint32_t> seed, <uint32_t> (seed >> 32))
-    cdef uint64_t bits = (<uint64_t> words[1] << 32) | words[0]
-    return <double> (bits >> 11) * (1.0 / 9007199254740992.0)  # 2^-53
-
-
-def philox4x32(counter, key) -> tuple[int, int, int, int]:
-    """The generator under `uniform`, for its published test vectors: counter (4 words), key (2) to 4 words."""
-    cdef uint32_t words[4]
-    words[0], words[1], words[2], words[3] = counter
-    philox(words, key[0], key[1])
-    return words[0], words[1], words[2], words[3]
-
-
-cdef void philox(uint32_t *words, uint32_t key_0, uint32_t key_1) noexcept nogil:
-    """Ten rounds, in place."""
-    cdef uint64_t a, b
-    cdef uint32_t old_1, old_3
-    cdef int r
-    for r in range(10):
-        a = <uint64_t> 0xD2511F53 * words[0]
-        b = <uint64_t> 0xCD9E8D57 * words[2]
-        old_1, old_3 = words[1], words[3]
-        words[0] = <uint32_t> (b >> 32) ^ old_1 ^ key_0
-        words[1] = <uint32_t> b
-        words[2] = <uint32_t> (a >> 32) ^ old_3 ^ key_1
-        words[3] = <uint32_t> a
-        key_0 += <uint32_t> 0x9E3779B9
-        key_1 += <uint32_t> 0xBB67AE85
-
-
-def token_logprobs(const float[:, :] logits, const int32_t[::1] token_ids):
-    """log softmax(logits[i])[token_ids[i]] for each row: float64 [n]; logits float32 [n, vocab_size], rows may be padded.
-
-    Raises `NonFiniteError` for a row with NaN or +inf, `ArgumentError` for a token id outside the vocabulary.
-    """
-    cdef int64_t n = logits.shape[0], vocab_size = logits.shape[1], i
-    if token_ids.shape[0] != n:
-        raise ArgumentError(f"token_ids: expected {n}, one for each row of logits, got {token_ids.shape[0]}")
-    if vocab_size > 1 and logits.strides[1] != sizeof(float):
-        raise ArgumentError(f"logits: expected rows without gaps, got a stride of {logits.strides[1]} bytes")
-    check_ids(token_ids, vocab_size)
-    out = np.empty(n, np.float64)
-    cdef double[::1] logprobs = out
-    cdef double total
-    for i in range(n):
-        with nogil:
-            total = log_sum_exp(&logits[i, 0], vocab_size)
-        if total != total:
-            raise unusable(logits[i])
-        logprobs[i] = logits[i, token_ids[i]] - total
-    return out
 
 
 cdef class Workspace:
@@ -100,6 +34,7 @@ cdef class Workspace:
 
     cdef readonly int64_t vocab_size
     cdef float[::1] adjusted, kept, weights, values, masses, maxima
+    cdef double[::1] sums
     cdef int32_t[::1] kept_ids, counts
     cdef int16_t[::1] buckets
 
@@ -115,6 +50,7 @@ cdef class Workspace:
         self.masses = np.empty(vocab_size, np.float32)
         self.buckets = np.empty(vocab_size, np.int16)
         self.maxima = np.empty((vocab_size + PEAK - 1) // PEAK, np.float32)
+        self.sums = np.empty((vocab_size + BLOCK - 1) // BLOCK, np.float64)  # of blocks of weights
         self.counts = np.zeros(vocab_size, np.int32)  # all 0 between calls
 
     cdef int check(self, const float[::1] logits) except -1:
@@ -179,15 +115,17 @@ cdef class Workspace:
             qsort(&entries[0], n_found, sizeof(Entry), by_rank)
         return out["token_id"].copy(), out["value"].copy()
 
-    def adjust(self, const float[::1] logits, float shift, const int32_t[::1] prompt_ids,
-               const int32_t[::1] generated_ids, float repetition_penalty, float presence_penalty,
+    def adjust(self, const float[::1] logits, float shift, const int32_t[::1] taken_ids, float diversity_penalty,
+               const int32_t[::1] prompt_ids, const int32_t[::1] generated_ids, float repetition_penalty, float presence_penalty,
                float frequency_penalty, const int32_t[::1] bias_ids, const float[::1] bias):
         """logits - shift after the penalties and the bias: float32 [vocab_size], valid until the next call of `adjust`.
 
-        A token of the prompt or a generated one: logit / repetition_penalty where positive, times it where negative
+        Each time a token is among taken_ids: minus diversity_penalty (Vijayakumar et al. 2016). One of the prompt or a
+        generated one: logit / repetition_penalty where positive, times it where negative
         (Keskar et al. 2019). One generated n > 0 times: minus presence_penalty + n frequency_penalty. Then plus its bias.
         """
         self.check(logits)
+        check_ids(taken_ids, self.vocab_size)
         check_ids(prompt_ids, self.vocab_size)
         check_ids(generated_ids, self.vocab_size)
         check_ids(bias_ids, self.vocab_size)
@@ -198,6 +136,8 @@ cdef class Workspace:
         with nogil:
             for i in range(self.vocab_size):
                 x[i] = logits[i] - shift
+            for i in range(taken_ids.shape[0]):
+                x[taken_ids[i]] -= diversity_penalty
             if repetition_penalty != 1.0:
                 for i in range(prompt_ids.shape[0]):
                     repeated(x, count, prompt_ids[i], repetition_penalty)
@@ -227,10 +167,10 @@ cdef class Workspace:
         cdef float *values = &self.values[0]
         cdef float *maxima = &self.maxima[0]
         cdef int64_t n = self.vocab_size, n_block = self.maxima.shape[0], n_found, b
-        cdef float low = LOWEST
+        cdef float low = -FLT_MAX
         for b in range(n_block):
             maxima[b] = kernels().max(x + b * PEAK, min(n - b * PEAK, <int64_t> PEAK))
-            values[b] = max(maxima[b], LOWEST)
+            values[b] = max(maxima[b], -FLT_MAX)
         if k <= n_block:
             low = cutoff(values, NULL, n_block, k)
         n_found = gather(x, n, maxima, low, values, &self.kept_ids[0])
@@ -238,26 +178,32 @@ cdef class Workspace:
         return gather(x, n, maxima, low, &self.kept[0], &self.kept_ids[0])
 
     cdef int64_t filter(self, const float[::1] logits, double temperature, int64_t top_k, double top_p,
-                        double min_p) except -1:
+                        double min_p, int64_t n_least) except -1:
         """Fills self.weights with exp((logit - max) / temperature), 0 for tokens that are filtered out.
 
-        Returns how many there are: vocab_size, or fewer, whose ids are in self.kept_ids, if top_k has left only those.
+        The n_least largest stay whatever the filters say. Returns how many there are: vocab_size, or fewer, whose ids
+        are in self.kept_ids, if top_k has left only those.
         """
         cdef float top = self.maximum(logits)
         cdef const float *x = &logits[0]
         cdef float *weights = &self.weights[0]
         cdef int64_t n = self.vocab_size
-        # Beyond these bounds 0 * inf could come up; within them, e^-88 and e^0 are long reached.
-        cdef double scale = min(max(1.0 / temperature, 1e-30), 1e30)
+        cdef float least = INFINITY, low  # the lowest logit that stays in any case; the lowest weight
+        cdef int64_t i
+        cdef double scale = inverse(temperature)
         with nogil:
-            if 0 < top_k < n:
-                n = self.keep_top(x, top_k)
+            if n_least > 1 and (top_p < 1.0 or min_p > 0.0):
+                bounds(&self.kept[0], self.keep_top(x, n_least), &top, &least)
+            if top_k > 0 and max(top_k, n_least) < n:
+                n = self.keep_top(x, max(top_k, n_least))
                 x = &self.kept[0]
             kernels().exp_sum(x, n, top, <float> scale, weights)
             if top_p < 1.0:
-                drop(weights, x, n, self.nucleus(x, n, top, scale, top_p))
+                drop(weights, x, n, min(self.nucleus(x, n, top, scale, top_p), least))
             if min_p > 0.0:
-                drop(weights, weights, n, <float> min_p)  # the largest weight is 1
+                low = <float> min_p  # the largest weight is 1
+                for i in range(n):
+                    weights[i] = 0.0 if (weights[i] < low) & (x[i] < least) else weights[i]
         return n
 
     cdef float nucleus(self, const float *x, int64_t n, float top, double scale, double top_p) noexcept nogil:
@@ -266,7 +212,7 @@ cdef class Workspace:
         Entries that weigh less than (1 - top_p) / n of all are not needed, even all together: so the buckets end there.
         """
         cdef const float *weights = &self.weights[0]
-        cdef double mass = total(weights, n), target = top_p * mass, above = 0.0
+        cdef double mass = add_up(weights, n, &self.sums[0]), target = top_p * mass, above = 0.0
         cdef double span = log(max(n / ((1.0 - top_p) * mass), 2.0)) / scale
         cdef int64_t n_found = n
         if n > FEW:
@@ -276,12 +222,13 @@ cdef class Workspace:
             memcpy(&self.values[0], x, n * sizeof(float))
             memcpy(&self.masses[0], weights, n * sizeof(float))
         if n_found == 0:
-            return LOWEST  # rounding left no entry where the sum reaches the target: all are needed
+            return -FLT_MAX  # rounding left no entry where the sum reaches the target: all are needed
         return cutoff(&self.values[0], &self.masses[0], n_found, target - above)
 
-    def probabilities(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p):
+    def probabilities(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
+                      int64_t n_least=1):
         """What `draw` draws from: float64 [vocab_size], 0 for tokens that are filtered out."""
-        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p)
+        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, n_least)
         weights = np.asarray(self.weights[:n], np.float64)
         probs = np.zeros(self.vocab_size)
         probs[np.asarray(self.kept_ids[:n]) if n < self.vocab_size else slice(None)] = weights / weights.sum()
@@ -295,39 +242,36 @@ cdef class Workspace:
         largest (0: all); the fewest largest whose mass reaches top_p (Holtzman et al. 2019); those of at least min_p times
         the largest probability. temperature > 0, 0 < top_p <= 1, 0 <= min_p < 1.
         """
-        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p)
+        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, 1)
         cdef int64_t i
         with nogil:
-            i = invert(&self.weights[0], n, uniform)
+            i = invert(&self.weights[0], n, &self.sums[0], uniform * add_up(&self.weights[0], n, &self.sums[0]))
         return self.kept_ids[i] if n < self.vocab_size else i
 
+    def race(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
+             int64_t n_least, const double[::1] uniforms):
+        """Token ids that arrive in a race, the first first, and the logs of their times: int32 [n], float64 [n].
 
-cdef int check_ids(const int32_t[::1] token_ids, int64_t vocab_size) except -1:
-    cdef int64_t i
-    for i in range(token_ids.shape[0]):
-        if not 0 <= token_ids[i] < vocab_size:
-            raise ArgumentError(f"token_ids[{i}]: expected 0 to {vocab_size - 1}, got {token_ids[i]}")
-    return 0
+        A token that the filters of `draw` leave, or one of the n_least largest, arrives at a rate of
+        exp(logit / temperature). So the first n of one row, or of several rows together, are a draw of n tokens without
+        replacement, in proportion to these rates (Efraimidis and Spirakis 2006). uniforms in [0, 1) are two for each
+        that may arrive; fewer arrive where no more are left.
+        """
+        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, n_least)
+        cdef int64_t n_draw = min(uniforms.shape[0] // 2, n), n_drawn = 0
+        indices, log_times = np.empty(n_draw, np.int32), np.empty(n_draw, np.float64)
+        cdef int32_t[::1] index = indices
+        cdef double[::1] log_time = log_times
+        if n_draw:
+            with nogil:
+                n_drawn = race(&self.weights[0], n, n_draw, &uniforms[0], &self.sums[0], &index[0], &log_time[0])
+        token_ids = np.asarray(self.kept_ids)[indices[:n_drawn]] if n < self.vocab_size else indices[:n_drawn]
+        return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
-def unusable(logits):
-    """The `NonFiniteError` for this row."""
-    row = np.asarray(logits)
-    bad = np.flatnonzero(np.isnan(row) | (row == np.inf))
-    if len(bad) == 0:
-        return NonFiniteError("logits: every one is -inf, so no token has a probability above zero")
-    return NonFiniteError(
-        f"logits: expected finite numbers or -inf, got {len(bad)} of {len(row)} NaN or +inf, "
-        f"the first at token id {bad[0]} ({row[bad[0]]})"
-    )
-
-
-cdef double log_sum_exp(const float *x, int64_t n) noexcept nogil:
-    """NaN where the row can't be used."""
-    cdef float top = kernels().max(x, n)
-    if not -INFINITY < top < INFINITY:
-        return <double> INFINITY - INFINITY
-    return top + log(kernels().exp_sum(x, n, top, 1.0, NULL))
+cdef double inverse(double temperature) noexcept nogil:
+    """1 / temperature. Beyond the bounds 0 * inf could come up; within them, e^-88 and e^0 are long reached."""
+    return min(max(1.0 / temperature, 1e-30), 1e30)
 
 
 cdef void repeated(float *x, int32_t *seen, int32_t token_id, float penalty) noexcept nogil:
@@ -341,193 +285,6 @@ cdef void drop(float *weights, const float *x, int64_t n, float low) noexcept no
     cdef int64_t i
     for i in range(n):
         weights[i] = 0.0 if x[i] < low else weights[i]
-
-
-cdef double total(const float *weights, int64_t n) noexcept nogil:
-    """The sum by blocks, in ascending order: what `invert` walks along."""
-    cdef double mass = 0.0
-    cdef int64_t b
-    for b in range((n + BLOCK - 1) // BLOCK):
-        mass += block_sum(weights, n, b)
-    return mass
-
-
-cdef double block_sum(const float *weights, int64_t n, int64_t b) noexcept nogil:
-    """The sum of block b of the n weights."""
-    cdef double lanes[LANES]
-    cdef double mass = 0.0
-    cdef int64_t i, j, n_left = min(n - b * BLOCK, <int64_t> BLOCK)
-    weights += b * BLOCK
-    memset(lanes, 0, sizeof(lanes))
-    for i in range(n_left // LANES):
-        for j in range(LANES):
-            lanes[j] += weights[i * LANES + j]
-    for i in range(n_left - n_left % LANES, n_left):
-        lanes[0] += weights[i]
-    for j in range(LANES):
-        mass += lanes[j]
-    return mass
-
-
-cdef int64_t invert(const float *weights, int64_t n, double uniform) noexcept nogil:
-    """The first index whose share of the cumulative weight exceeds `uniform`; if rounding leaves none, the last above 0."""
-    cdef double target = uniform * total(weights, n), before = 0.0, mass = 0.0, block
-    cdef int64_t i, b, chosen = 0, last = 0
-    for b in range((n + BLOCK - 1) // BLOCK):
-        block = block_sum(weights, n, b)
-        if block > 0.0:
-            chosen = b
-            before, mass = mass, mass + block
-            if mass > target:
-                break
-    for i in range(chosen * BLOCK, min(n, (chosen + 1) * BLOCK)):
-        if weights[i] > 0.0:
-            last = i
-            before += weights[i]
-            if before > target:
-                break
-    return last
-
-
-cdef int64_t gather(const float *x, int64_t n, const float *maxima, float low, float *values,
-                    int32_t *token_ids) noexcept nogil:
-    """Moves the entries x >= low to values and their indices to token_ids; blocks with a lower maximum are skipped."""
-    cdef int64_t b, i, n_found = 0
-    for b in range((n + PEAK - 1) // PEAK):
-        if maxima[b] >= low:
-            for i in range(b * PEAK, min(n, (b + 1) * PEAK)):
-                values[n_found], token_ids[n_found] = x[i], <int32_t> i
-                n_found += x[i] >= low
-    return n_found
-
-
-cdef int64_t coarse(const float *x, const float *weights, int64_t n, float top, double span, double target,
-                    double *above, int16_t *buckets, float *values, float *masses) noexcept nogil:
-    """`narrow` for a whole row: the buckets cover `span` below the top, and the last one takes all that lies lower.
-
-    A bucket's sum waits for the one before if that was its own: so there are four sums for each.
-    """
-    cdef double sums[4][N_BUCKET]
-    cdef float per_unit = <float> min((N_BUCKET - 1) / span, 1e38), position
-    cdef int64_t i, j, n_found = 0
-    cdef int16_t b = 0, hits
-    memset(sums, 0, sizeof(sums))
-    for i in range(n):
-        position = (top - x[i]) * per_unit
-        buckets[i] = <int16_t> <int32_t> (position if position < N_BUCKET - 1 else N_BUCKET - 1)
-    for i in range(n // 4):
-        for j in range(4):
-            sums[j][buckets[4 * i + j]] += weights[4 * i + j]
-    for i in range(n - n % 4, n):
-        sums[0][buckets[i]] += weights[i]
-    for i in range(N_BUCKET):
-        sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])
-    while b < N_BUCKET - 1 and above[0] + sums[0][b] < target:
-        above[0] += sums[0][b]
-        b += 1
-    for i in range(0, n, 16):  # most stretches have no entry of that bucket: one comparison of 16
-        hits = 0
-        if n - i >= 16:
-            for j in range(16):
-                hits |= buckets[i + j] == b
-            if not hits:
-                continue
-        for j in range(i, min(n, i + 16)):
-            if buckets[j] == b:
-                values[n_found], masses[n_found] = x[j], weights[j]
-                n_found += 1
-    return n_found
-
-
-cdef float cutoff(float *values, float *masses, int64_t n, double target) noexcept nogil:
-    """The highest cut-off such that the values >= cut-off weigh at least `target`, or the lowest value where none does.
-
-    Without masses each value weighs 1. n > 0 finite values; they are used up.
-    """
-    cdef double above = 0.0
-    cdef float top, low
-    cdef int64_t i
-    while n > FEW:
-        bounds(values, n, &top, &low)
-        if top == low:
-            return top
-        n = narrow(values, masses, n, top, low, target, &above)
-    sort_descending(values, masses, n)
-    for i in range(n):
-        above += masses[i] if masses else 1.0
-        if above >= target:
-            return values[i]
-    return values[n - 1]
-
-
-cdef int64_t narrow(float *values, float *masses, int64_t n, float top, float low, double target,
-                    double *above) noexcept nogil:
-    """Divides low..top into buckets and keeps the entries of the one where the sum from the top reaches `target`.
-
-    Returns how many: fewer than n, since top and low never share a bucket. What lies above them is added to `above`.
-    """
-    cdef double sums[N_BUCKET]
-    cdef double per_unit = (N_BUCKET - 1) / (<double> top - low)
-    cdef float value
-    cdef int64_t i, n_found = 0
-    cdef int b = 0, last = bucket(low, top, per_unit)
-    memset(sums, 0, sizeof(sums))
-    if masses:
-        for i in range(n):
-            sums[bucket(values[i], top, per_unit)] += masses[i]
-    else:
-        for i in range(n):
-            sums[bucket(values[i], top, per_unit)] += 1.0
-    while b < last and above[0] + sums[b] < target:
-        above[0] += sums[b]
-        b += 1
-    for i in range(n):
-        value = values[i]
-        values[n_found] = value
-        if masses:
-            masses[n_found] = masses[i]
-        n_found += bucket(value, top, per_unit) == b
-    return n_found
-
-
-cdef inline int bucket(float value, float top, double per_unit) noexcept nogil:
-    """0 at the top, N_BUCKET - 1 at the bottom."""
-    return <int> ((<double> top - value) * per_unit)
-
-
-cdef void bounds(const float *x, int64_t n, float *top, float *low) noexcept nogil:
-    """The largest and the lowest of n > 0 values."""
-    cdef float tops[LANES]
-    cdef float lows[LANES]
-    cdef int64_t i, j
-    for j in range(LANES):
-        tops[j] = lows[j] = x[max(n - 1 - j, <int64_t> 0)]  # those that are left over at the end
-    for i in range(n // LANES):
-        for j in range(LANES):
-            tops[j] = x[i * LANES + j] if x[i * LANES + j] > tops[j] else tops[j]
-            lows[j] = x[i * LANES + j] if x[i * LANES + j] < lows[j] else lows[j]
-    top[0], low[0] = tops[0], lows[0]
-    for j in range(1, LANES):
-        top[0], low[0] = max(top[0], tops[j]), min(low[0], lows[j])
-
-
-cdef void sort_descending(float *values, float *masses, int64_t n) noexcept nogil:
-    """By insertion: n is at most FEW."""
-    cdef int64_t i, j
-    cdef float value, mass = 0.0
-    for i in range(1, n):
-        value = values[i]
-        if masses:
-            mass = masses[i]
-        j = i
-        while j > 0 and values[j - 1] < value:
-            values[j] = values[j - 1]
-            if masses:
-                masses[j] = masses[j - 1]
-            j -= 1
-        values[j] = value
-        if masses:
-            masses[j] = mass
 
 
 cdef int by_rank(const void *a, const void *b) noexcept nogil:
