@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 from ._native.sampling import Workspace
 from .errors import ArgumentError
 from .executor import Executor, Rows
-from .generation import Completion, Request, Usage
+from .generation import Completion, FinishReason, Request, Usage
 from .kv import Sequence
-from .sampling import Penalties, TokenLogprob, token_logprob
+from .sampling import Adjustments, TokenLogprob, token_logprob
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Beam:
     """A text that the search follows, or could: its tokens and the sum of their log-probabilities."""
 
     score: float
+    adjustments: Adjustments
     tokens: tuple[TokenLogprob, ...] = ()
 
 
@@ -49,7 +49,7 @@ class BeamSearch:
         self.params = request.params
         self.stop_ids = request.stop_ids
         self.n_max = n_max
-        self.beams = [Beam(0.0)]
+        self.beams = [Beam(0.0, Adjustments(self.params, request.prompt_ids, request.constraint))]
         self.finished: list[Beam] = []  # the best num_beams, the best first; score is divided by the length penalty
 
     @property
@@ -63,11 +63,15 @@ class BeamSearch:
         n_tokens = len(self.beams[0].tokens) + 1
         going_on: list[tuple[int, Beam]] = []
         for rank, candidate in enumerate(candidates):
-            beam = Beam(candidate.score, (*self.beams[candidate.parent].tokens, candidate.chosen))
-            if n_tokens < self.n_max and candidate.chosen.token_id not in self.stop_ids:
+            parent = self.beams[candidate.parent]
+            adjustments = parent.adjustments.fork()
+            adjustments.append(candidate.chosen.token_id)
+            beam = Beam(candidate.score, adjustments, (*parent.tokens, candidate.chosen))
+            ends = candidate.chosen.token_id in self.stop_ids or adjustments.complete
+            if n_tokens < self.n_max and not ends:
                 going_on.append((candidate.parent, beam))
             elif rank < num_beams:  # what ends further down is no result: it would have been no beam
-                self.finished.append(Beam(self._penalised(beam.score, n_tokens), beam.tokens))
+                self.finished.append(replace(beam, score=self._penalised(beam.score, n_tokens)))
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[:num_beams]
         going_on = going_on[:num_beams]
         if not going_on or self._settled(going_on[0][1].score, n_tokens):
@@ -92,7 +96,8 @@ class BeamSearch:
 def beam_search(executor: Executor, request: Request) -> list[Completion]:
     """The num_return_sequences best texts that a search with num_beams beams finds, the best first, with their scores.
 
-    What ends a text: `request.stop_ids`, max_new_tokens or the end of the context. Raises `ArgumentError`,
+    What ends a text: `request.stop_ids`, a constraint that lets nothing follow, max_new_tokens or the end of the context.
+    Fewer are found where the constraint allows fewer. Raises `ArgumentError`,
     `NonFiniteError` for logits that can't be used, or what `Executor.step` raises.
 
     >>> beam_search(executor, Request(prompt_ids, SamplingParams(num_beams=4)))[0].score
@@ -105,17 +110,16 @@ def beam_search(executor: Executor, request: Request) -> list[Completion]:
         most = min(executor.vocab_size * params.num_beams // search.n_candidates, executor.max_rows)
         raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
     work = Workspace(executor.vocab_size)
-    penalties = Penalties(params, request.prompt_ids)
     sequences = [executor.new_sequence()]
     try:
         logits = prefill(executor, sequences[0], request.prompt_ids)
         first_token = time.perf_counter()
-        parents = search.advance(_candidates(search, work, penalties, logits))
+        parents = search.advance(_candidates(search, work, logits))
         while parents is not None:
             reorder(sequences, parents)
             last = [np.array([beam.tokens[-1].token_id], np.int32) for beam in search.beams]
             logits = executor.step([Rows(sequence, ids) for sequence, ids in zip(sequences, last, strict=True)])
-            parents = search.advance(_candidates(search, work, penalties, logits))
+            parents = search.advance(_candidates(search, work, logits))
     finally:
         for sequence in sequences:
             sequence.close()
@@ -151,16 +155,13 @@ def reorder(sequences: list[Sequence], parents: list[int]) -> None:
         old[parent].close()
 
 
-def _candidates(
-    search: BeamSearch, work: Workspace, penalties: Penalties, logits: NDArray[np.float32]
-) -> list[Candidate]:
+def _candidates(search: BeamSearch, work: Workspace, logits: NDArray[np.float32]) -> list[Candidate]:
     """The best continuations of the beams, the best first, given their logits, [n_beams, vocab_size]."""
     totals = [work.logsumexp(row) for row in logits]
     found: list[tuple[float, int, int]] = []  # score, parent, token_id
     for parent, (beam, row, total) in enumerate(zip(search.beams, logits, totals, strict=True)):
-        # As in transformers the penalties work on log-probabilities here, not on logits.
-        generated = array("i", [token.token_id for token in beam.tokens])
-        adjusted = penalties.apply(work, row, generated, total)
+        # As in transformers the adjustments work on log-probabilities here, not on logits.
+        adjusted = beam.adjustments.apply(work, row, total)
         shift = total if adjusted is row else 0.0
         token_ids, values = work.top(adjusted, search.n_candidates)
         found += [(beam.score + float(v) - shift, parent, int(i)) for i, v in zip(token_ids, values, strict=True)]
@@ -175,8 +176,9 @@ def _candidates(
 def _completion(request: Request, beam: Beam, usage: Usage) -> Completion:
     token_ids = [token.token_id for token in beam.tokens]
     stopped = token_ids[-1] in request.stop_ids
+    reason: FinishReason = "stop" if stopped or beam.adjustments.complete else "length"
     text = ""
     if request.tokenizer:
         stream = request.tokenizer.stream()
         text = "".join([stream.push(token_id) for token_id in token_ids[: len(token_ids) - stopped]]) + stream.flush()
-    return Completion(text, token_ids, "stop" if stopped else "length", list(beam.tokens), usage, beam.score)
+    return Completion(text, token_ids, reason, list(beam.tokens), usage, beam.score)

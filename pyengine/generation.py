@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._native.sampling import Workspace, token_logprobs
+from .constraints import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 from .executor import Executor, Rows
 from .kv import Sequence
@@ -46,6 +47,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()  # token ids that end the text: `SamplingParams.stop_ids`
     tokenizer: Detokenizes | None = None  # without one there is no text
+    constraint: Constraint | None = None  # what the text must match, before its first token
 
     def check(self, executor: Executor) -> None:
         """Raises `ArgumentError` for what this executor can't do."""
@@ -56,6 +58,10 @@ class Request:
         self.params.check_vocab(executor.vocab_size)
         if self.params.stop_strings and self.tokenizer is None:
             raise ArgumentError(f"stop: expected no strings without a tokenizer, got {self.params.stop!r}")
+
+    def sampler(self, work: Workspace, sample_index: int = 0) -> Sampler:
+        """What chooses the tokens of one of its samples."""
+        return Sampler(self.params, work, self.prompt_ids, sample_index, self.constraint)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class Completion:
     """A generated text.
 
     A stop token is the last of `token_ids` but not in `text`; a stop string is not in `text` either, its tokens are in
-    `token_ids`. `finish_reason` is "stop" for both, "length" where max_new_tokens or the context ended it.
+    `token_ids`. `finish_reason` is "stop" for both, and where a constraint lets nothing follow; "length" where
+    max_new_tokens or the context ended it.
     """
 
     text: str  # "" without a tokenizer
@@ -150,7 +157,7 @@ class Sample:
     def forks(self) -> Iterator[Sample]:
         """The other samples of its prompt, once that has run."""
         for i in range(1, self.request.params.num_return_sequences):
-            sampler = Sampler(self.request.params, self.sampler.work, self.request.prompt_ids, i)
+            sampler = self.request.sampler(self.sampler.work, i)
             fork = Sample(self.request, self.index, self.sequence.fork(), sampler, self.called)
             fork.started = self.started
             yield fork
@@ -174,6 +181,8 @@ class Sample:
             reason = "stop"
         elif self.detokenizer:
             text = self.matcher.push(self.detokenizer.push(chosen.token_id))
+        if self.sampler.adjustments.complete:
+            reason = "stop"
         # A token that is the last needs no place in the context: it never runs.
         if len(self.pieces) + 1 == self.request.params.max_new_tokens or self.sequence.length == max_seq_len:
             reason = reason or "length"
@@ -226,7 +235,7 @@ class Batch:
             if n_live and n_live + request.params.num_return_sequences > self.max_batch:
                 return
             self.waiting.popleft()
-            sampler = Sampler(request.params, self.work, request.prompt_ids)
+            sampler = request.sampler(self.work)
             self.live.append(Sample(request, index, self.executor.new_sequence(), sampler, self.called))
 
     def step(self) -> list[tuple[Sample, Piece]]:

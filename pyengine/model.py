@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import cached_property, partial
 from importlib import resources
 from numbers import Integral
 from os import PathLike
@@ -19,12 +20,13 @@ from ._native.matmul import DTYPES
 from ._native.pages import KV_DTYPES
 from .architectures import architecture_of
 from .checkpoint import Checkpoint, bind, read_json
+from .constraints import Constraint, Vocabulary
 from .cost import Cost, cost, default_kv_dtype
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
 from .generation import Piece, Request, Score
 from .plan import Plan
-from .sampling import SamplingParams
+from .sampling import LogitsProcessor, SamplingParams
 from .threads import choose_threads
 from .tokenizer import Tokenizer
 from .weights import load_weights
@@ -187,17 +189,23 @@ class Model:
         num_return_sequences: int = 1,
         logprobs: int = 0,
         ignore_eos: bool = False,
+        logits_processor: LogitsProcessor | SequenceOf[LogitsProcessor] | None = None,
+        json_schema: dict[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Any:
         """Continues a prompt: a str, a list of token ids, or a list of either, which runs as one batch.
 
         Returns a `Completion`; a list of them for a list of prompts; and for num_return_sequences > 1 a list of that
         many in the place of each. What the arguments mean stands in `SamplingParams`; a text ends at the model's
-        end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full. The same
+        end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full; one that
+        must match json_schema, regex or grammar (by the extra `constrained`) also when nothing more may follow. The same
         seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and NonFiniteError
         where the logits can't be used.
 
         >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
         >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]
+        >>> model.generate("The year was", regex=r" 1[0-9]{3}").text
         """
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -218,17 +226,22 @@ class Model:
             num_return_sequences=num_return_sequences,
             logprobs=logprobs,
             ignore_eos=ignore_eos,
+            logits_processor=logits_processor,
+            json_schema=json_schema,
+            regex=regex,
+            grammar=grammar,
         )
         try:
             is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
         except (TypeError, LookupError):
             expected = "a str, a list of token ids, or a list of either"
             raise ArgumentTypeError(f"prompt: expected {expected}, got {type(prompt).__name__}") from None
+        constraint = self._constraint(params)
         if is_batch:
             prompts = cast("SequenceOf[Prompt]", prompt)
-            requests = [self._request(one, params, f"prompt[{i}]") for i, one in enumerate(prompts)]
+            requests = [self._request(one, params, constraint, f"prompt[{i}]") for i, one in enumerate(prompts)]
         else:
-            requests = [self._request(cast("Prompt", prompt), params)]
+            requests = [self._request(cast("Prompt", prompt), params, constraint)]
         if num_beams > 1:
             for request in requests:
                 request.check(self.executor)
@@ -252,7 +265,8 @@ class Model:
         for name in ("num_beams", "num_return_sequences"):
             if getattr(sampling, name) != 1:
                 raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
-        pieces = generation.run(self.executor, [self._request(prompt, sampling)])
+        request = self._request(prompt, sampling, self._constraint(sampling))
+        pieces = generation.run(self.executor, [request])
         return (piece for _, piece in pieces)
 
     def score(self, text: Prompt, stride: int | None = None) -> Score:
@@ -283,5 +297,23 @@ class Model:
             raise ArgumentError(f"{name}: expected at least one token, got an empty one")
         return ids
 
-    def _request(self, prompt: Prompt, params: SamplingParams, name: str = "prompt") -> Request:
-        return Request(self.token_ids(prompt, name), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """What constraints walk; made when first used."""
+        assert self.tokenizer is not None
+        encode = partial(self.tokenizer.encode, allow_special=False)
+        return Vocabulary(self.tokenizer.vocabulary(), self.tokenizer.special_ids, encode)
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.constraint is None:
+            return None
+        name, value = params.constraint
+        if self.tokenizer is None:
+            raise ArgumentError(f"{name}: expected none, got {value!r}: the checkpoint has no tokenizer")
+        return self._vocabulary.compile(name, value, params.stop_ids(self.eos_token_ids))
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, name: str = "prompt"
+    ) -> Request:
+        stop_ids = params.stop_ids(self.eos_token_ids)
+        return Request(self.token_ids(prompt, name), params, stop_ids, self.tokenizer, constraint)
