@@ -96,9 +96,9 @@ class BeamSearch:
 def beam_search(executor: Executor, request: Request) -> list[Completion]:
     """The num_return_sequences best texts that a search with num_beams beams finds, the best first, with their scores.
 
-    What ends a text: `request.stop_ids`, a constraint that lets nothing follow, max_new_tokens or the end of the context.
-    Fewer are found where the constraint allows fewer. Raises `ArgumentError`,
-    `NonFiniteError` for logits that can't be used, or what `Executor.step` raises.
+    What ends a text: `request.stop_ids`, a constraint that lets nothing follow, max_new_tokens or the end of the
+    context. There are fewer texts where the constraint allows fewer. Raises `ArgumentError`, `NonFiniteError` for
+    logits that can't be used, or what `Executor.step` raises.
 
     >>> beam_search(executor, Request(prompt_ids, SamplingParams(num_beams=4)))[0].score
     """

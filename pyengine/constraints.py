@@ -1,14 +1,15 @@
 """Texts that must match a JSON schema, a regular expression or a grammar: which tokens may come next.
 
-The parsing is that of llguidance, the extra `constrained`; no other module knows it. It walks the tokenizer's tokens as a
-trie of bytes and gives a mask: a bit for each token. What ends a text is ours: the tokens that do so are allowed where
-the text is complete as it is, and nowhere else.
+The parsing is that of llguidance, the extra `constrained`; no other module knows it. It walks the tokenizer's tokens as
+a trie of bytes and gives a mask: a bit for each token. What ends a text is ours: the tokens that do so are allowed
+where the text matches as it is, and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from ._native.sampling import Workspace
 from .errors import ArgumentError, ArgumentTypeError
 
-# No blanks but one after a comma or a colon: a model could go on with blanks for ever. "x-guidance" in a schema sets others.
+# No blanks but one after a comma or a colon: a model could go on with blanks for ever. "x-guidance" in a schema sets
+# others.
 JSON_DEFAULTS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
@@ -31,9 +33,7 @@ class Vocabulary:
     >>> vocabulary.compile("regex", "(ab)+", end_ids=[]).fork()
     """
 
-    def __init__(
-        self, tokens: list[bytes], special_ids: Iterable[int], encode: Callable[[str], list[int]]
-    ) -> None:
+    def __init__(self, tokens: list[bytes], special_ids: Iterable[int], encode: Callable[[str], list[int]]) -> None:
         try:
             import llguidance
         except ImportError:
@@ -41,15 +41,16 @@ class Vocabulary:
                 "json_schema, regex, grammar: expected none of them, since llguidance isn't installed: "
                 "pip install pyengine[constrained]"
             ) from None
-        self._matcher = llguidance.LLMatcher
-        self._trie = llguidance.LLTokenizer(_Tokens(tokens, special_ids, encode))
+        library: Any = llguidance
+        self._matcher = library.LLMatcher
+        self._trie = library.LLTokenizer(_Tokens(tokens, special_ids, encode))
         self.vocab_size = len(tokens)
 
-    def compile(self, name: str, value: object, end_ids: Iterable[int]) -> Constraint:
+    def compile(self, name: str, value: Any, end_ids: Iterable[int]) -> Constraint:
         """The constraint `name` ("json_schema", "regex" or "grammar") before the first token of a text.
 
-        `end_ids` are the tokens that end a text. Raises `ArgumentError` or `ArgumentTypeError` naming the argument, with
-        what the library has against it.
+        `value` is a dict or a str for a schema, else a str; `end_ids` are the tokens that end a text. Raises
+        `ArgumentError` or `ArgumentTypeError` naming the argument, with what the library has against it.
         """
         if name == "json_schema":
             grammar = self._matcher.grammar_from_json_schema(_schema_text(value), defaults=JSON_DEFAULTS)
@@ -107,8 +108,9 @@ class Constraint:
         """A bit for each token, and one more: whether the text may end here."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
-            raise ArgumentError(f"{self.name}: expected one that the tokens of the model can match, got: "
-                                f"{_reason(self._matcher)}")
+            raise ArgumentError(
+                f"{self.name}: expected one that the tokens of the model can match, got: {_reason(self._matcher)}"
+            )
         return bits
 
 
@@ -125,11 +127,23 @@ class _Tokens:
         self._encode = encode
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens that are asked for where the text is certain; none, so that all spellings are allowed, where the
-        tokenizer would change it, by a normalizer or a blank before it.
+        """The tokens that are asked for where the text is certain: the tokenizer's, or the longest that there are where
+        it would change the text, by a normalizer or a blank before it.
         """
-        token_ids = self._encode(text)
-        return token_ids if b"".join(self.tokens[i] for i in token_ids) == text.encode() else []
+        token_ids, data = self._encode(text), text.encode()
+        if b"".join(self.tokens[i] for i in token_ids) == data:
+            return token_ids
+        token_ids, longest = [], max(map(len, self._ids), default=0)
+        while data:
+            n = next((n for n in range(min(len(data), longest), 0, -1) if data[:n] in self._ids), len(data))
+            token_ids += [self._ids[data[:n]]] if data[:n] in self._ids else []  # nothing else if it can't be spelled
+            data = data[n:]
+        return token_ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {token: i for i, token in enumerate(self.tokens) if token and i not in special}
 
 
 def _schema_text(schema: object) -> str:

@@ -199,9 +199,9 @@ class Model:
         Returns a `Completion`; a list of them for a list of prompts; and for num_return_sequences > 1 a list of that
         many in the place of each. What the arguments mean stands in `SamplingParams`; a text ends at the model's
         end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full; one that
-        must match json_schema, regex or grammar (by the extra `constrained`) also when nothing more may follow. The same
-        seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and NonFiniteError
-        where the logits can't be used.
+        must match json_schema, regex or grammar (they need the extra `constrained`) also when nothing more may follow.
+        The same seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and
+        NonFiniteError where the logits can't be used.
 
         >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
         >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]

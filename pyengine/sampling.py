@@ -31,21 +31,22 @@ class SamplingParams:
     """How to generate. Names, defaults and the order of operations are those of transformers.
 
     A logit goes through repetition_penalty (for tokens of the prompt and generated ones), presence_penalty and
-    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, logits_processor, the constraint, temperature,
-    top_k, top_p, min_p; then one token is drawn. temperature=0 takes the largest logit instead, the lowest id of those that tie. num_beams > 1
-    searches for the most probable text and draws nothing.
+    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, logits_processor, the constraint,
+    temperature, top_k, top_p, min_p; then one token is drawn. temperature=0 takes the largest logit instead, the lowest
+    id of those that tie. num_beams > 1 searches for the most probable text and draws nothing.
 
     The draw depends on the seed, on which of num_return_sequences it is for, and on how many tokens that one has: so
     the same seed gives the same text, alone or in a batch. Without a seed each sample takes a fresh one.
 
     logits_processor is a function, or a list of them, f(token_ids, logits) -> logits: int32 [n], the prompt and what is
-    generated so far; float32 [vocab_size], which it may change and return. With beams these are log-probabilities, as in
-    transformers. What such a function raises ends the call.
+    generated so far; float32 [vocab_size], which it may change and return, or return another. What it is given is valid
+    until it returns. With beams these are log-probabilities, as in transformers. What it raises ends the generation.
 
-    json_schema, regex or grammar (Lark, as llguidance takes it) is what the text must match, from its first character on;
-    at most one of them. A token that can't lead to a match isn't drawn, nor is the end of the text before it matches; and
-    the text ends, with finish_reason "stop", once nothing more may follow. max_new_tokens, the context and stop strings
-    may end it before. JSON has no blanks but one after a comma or a colon, unless "x-guidance" in the schema allows more.
+    json_schema, regex or grammar (Lark, as llguidance takes it) is what the text must match, from its first character
+    to its last; at most one of them. A token that can't lead to a match isn't drawn, nor the end of the text before it
+    matches; once nothing more may follow it ends, with finish_reason "stop". max_new_tokens, the context and stop
+    strings may end it before. JSON has no blanks but one after a comma or a colon, unless the schema's "x-guidance"
+    allows others.
 
     Raises `ArgumentError` or `ArgumentTypeError` naming the argument, what is expected and what came.
 
