@@ -53,12 +53,17 @@ class Vocabulary:
         `ArgumentError` or `ArgumentTypeError` naming the argument, with what the library has against it.
         """
         if name == "json_schema":
-            grammar = self._matcher.grammar_from_json_schema(_schema_text(value), defaults=JSON_DEFAULTS)
-        elif name == "regex":
-            grammar = self._matcher.grammar_from_regex(value)
-        else:
-            grammar = self._matcher.grammar_from_lark(value)
-        matcher = self._matcher(self._trie, grammar, log_level=0)
+            value = _schema_text(value)
+        try:
+            if name == "json_schema":
+                grammar = self._matcher.grammar_from_json_schema(value, defaults=JSON_DEFAULTS)
+            elif name == "regex":
+                grammar = self._matcher.grammar_from_regex(value)
+            else:
+                grammar = self._matcher.grammar_from_lark(value)
+            matcher = self._matcher(self._trie, grammar, log_level=0)
+        except ValueError as error:  # of a lone surrogate, for one
+            raise ArgumentError(f"{name}: expected one that can be used, got: {error}") from None
         if matcher.is_error():
             raise ArgumentError(f"{name}: expected one that can be used, got: {_reason(matcher)}")
         constraint = Constraint(name, matcher, np.array(sorted(end_ids), np.int32))

@@ -310,6 +310,7 @@ class Model:
         name, value = params.constraint
         if self.tokenizer is None:
             raise ArgumentError(f"{name}: expected none, got {value!r}: the checkpoint has no tokenizer")
+        params.check_vocab(self.plan.vocab_size)
         return self._vocabulary.compile(name, value, params.stop_ids(self.eos_token_ids))
 
     def _request(

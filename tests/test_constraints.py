@@ -302,6 +302,11 @@ def test_forks_and_rollback(vocabulary: Vocabulary, name: str, value: Any) -> No
 REFUSED = [
     ("regex", "(", "regex: expected one that can be used, got: .*unclosed group"),
     ("regex", "(?=a)b", "regex: .*look-around"),
+    ("regex", "\ud800", "regex: .*surrogate"),
+    ("grammar", "start: a\na: a", "grammar: expected one that the tokens of the model can match"),
+    ("json_schema", {"$ref": "#"}, "json_schema: expected one that the tokens of the model can match"),
+    ("json_schema", {"const": "\ud800"}, "json_schema: expected one that can be used, got: .*hex escape"),
+    ("json_schema", {"x-guidance": {"bogus": 1}}, "json_schema: .*bogus"),
     ("regex", "", "regex: expected one that allows a text of at least one token, got ''"),
     ("grammar", "start: nowhere", 'grammar: .*unknown name: "nowhere"'),
     ("grammar", "begin: /a/", "grammar: .*start"),
@@ -434,3 +439,5 @@ def test_a_model_without_a_tokenizer(demo: pyengine.Model) -> None:
     model = pyengine.Model(demo.config, demo.dtype, demo.executor, None, demo.eos_token_ids)
     with pytest.raises(ArgumentError, match=r"^regex: expected none, got 'a': the checkpoint has no tokenizer"):
         model.generate([1], regex="a")
+    with pytest.raises(ArgumentError, match=r"^stop_token_ids: expected token ids below 4096 .*, got 5000"):
+        demo.generate([1], regex="a", stop_token_ids=[5000])
