@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from ._native.drawing import uniform
 from ._native.sampling import Workspace
-from .completion import Completion, Usage
+from .completion import Completion, FinishReason, Usage
 from .errors import ArgumentError
 from .executor import Executor, Rows
 from .generation import Job
 from .kv import PAGE, Sequence
-from .sampling import Penalties, SamplingParams, TokenLogprob, token_logprob
+from .sampling import Adjustments, TokenLogprob, token_logprob
 from .scheduler import Floats, Task
 
 # Token ids, what ranks them (the least first), and scores: [n] each.
@@ -39,6 +39,7 @@ class Beam:
     """A text that the search follows, or could: its tokens and its score."""
 
     score: float  # the sum of the log-probabilities; of a finished text, divided by the length penalty
+    adjustments: Adjustments  # of its next logits
     tokens: tuple[TokenLogprob, ...] = ()
     parent: int = 0  # the row of the beam that it continues
 
@@ -55,12 +56,12 @@ class Candidate:
 class Group:
     """Beams that compete with each other, and the texts that they finished. `n_max` is the most tokens of a text."""
 
-    def __init__(self, params: SamplingParams, stop_ids: frozenset[int], n_max: int) -> None:
-        self.params = params
-        self.stop_ids = stop_ids
+    def __init__(self, job: Job, n_max: int) -> None:
+        self.params = job.params
+        self.stop_ids = job.stop_ids
         self.n_max = n_max
-        self.size = params.num_beams // params.num_beam_groups
-        self.beams = [Beam(0.0)]
+        self.size = self.params.num_beams // self.params.num_beam_groups
+        self.beams = [Beam(0.0, Adjustments(self.params, job.prompt_ids, job.constraint))]
         self.first_row = 0  # of the logits of its beams
         self.finished: list[Beam] = []  # the best `size`, the best first
         self.ended = False
@@ -75,9 +76,12 @@ class Group:
         n_tokens = len(self.beams[0].tokens) + 1
         going_on: list[Beam] = []
         for rank, candidate in enumerate(candidates):
-            tokens = (*self.beams[candidate.parent].tokens, candidate.chosen)
-            beam = Beam(candidate.score, tokens, self.first_row + candidate.parent)
-            if candidate.chosen.token_id not in self.stop_ids:
+            parent = self.beams[candidate.parent]
+            adjustments = parent.adjustments.fork()
+            adjustments.append(candidate.chosen.token_id)
+            tokens = (*parent.tokens, candidate.chosen)
+            beam = Beam(candidate.score, adjustments, tokens, self.first_row + candidate.parent)
+            if candidate.chosen.token_id not in self.stop_ids and not adjustments.complete:
                 going_on.append(beam)
             elif rank < self.size:  # what ends further down is no result: it would have been no beam
                 self._finish([beam])
@@ -117,7 +121,7 @@ class BeamSearch:
 
     def __init__(self, job: Job, n_max: int) -> None:
         n_group = job.params.num_beam_groups
-        self.groups = [Group(job.params, job.stop_ids, n_max) for _ in range(n_group)]
+        self.groups = [Group(job, n_max) for _ in range(n_group)]
         # transformers pads the beams of a group that has ended, with this token unless a checkpoint has one for that.
         self.padding = min(job.stop_ids, default=0)
 
@@ -158,7 +162,8 @@ class BeamSearch:
 class BeamGeneration(Task):
     """A prompt and the search for its num_return_sequences best texts, the best first, with their scores.
 
-    What ends a text: `job.stop_ids`, max_new_tokens or the end of the context. All beams are in one step.
+    What ends a text: `job.stop_ids`, a constraint that lets nothing follow, max_new_tokens or the end of the context.
+    There are fewer texts where the constraint allows fewer. All beams are in one step.
     """
 
     def __init__(self, executor: Executor, job: Job, work: Workspace | None = None) -> None:
@@ -279,7 +284,6 @@ class Candidates:
     def __init__(self, job: Job, work: Workspace) -> None:
         self.params = job.params
         self.work = work
-        self.penalties = Penalties(job.params, job.prompt_ids)
         self.seed = job.params.choose_seed()
         self.n_least = max(2, 1 + len(job.stop_ids))  # tokens that the filters leave, so that one can go on
 
@@ -290,9 +294,8 @@ class Candidates:
         totals = [self.work.logsumexp(row) for row in rows]
         found: list[tuple[float, float, int, int]] = []  # rank, score, parent, token_id
         for parent, (beam, row, total) in enumerate(zip(group.beams, rows, totals, strict=True)):
-            # As in transformers the penalties work on log-probabilities here, not on logits.
-            generated = array("i", [token.token_id for token in beam.tokens])
-            adjusted = self.penalties.apply(self.work, row, generated, total, taken)
+            # As in transformers the adjustments work on log-probabilities here, not on logits.
+            adjusted = beam.adjustments.apply(self.work, row, total, taken)
             shift = total if adjusted is row else 0.0
             token_ids, ranks, scores = find(adjusted, shift, beam, parent, group.n_candidates)
             found += zip(ranks.tolist(), scores.tolist(), itertools.repeat(parent), token_ids.tolist())
@@ -324,8 +327,9 @@ class Candidates:
 def _completion(job: Job, beam: Beam, usage: Usage) -> Completion:
     token_ids = [token.token_id for token in beam.tokens]
     stopped = token_ids[-1] in job.stop_ids
+    reason: FinishReason = "stop" if stopped or beam.adjustments.complete else "length"
     text = ""
     if job.tokenizer:
         stream = job.tokenizer.stream()
         text = "".join([stream.push(token_id) for token_id in token_ids[: len(token_ids) - stopped]]) + stream.flush()
-    return Completion(text, token_ids, "stop" if stopped else "length", list(beam.tokens), usage, beam.score)
+    return Completion(text, token_ids, reason, list(beam.tokens), usage, beam.score)

@@ -34,6 +34,7 @@ examples:
 examples:
   pyengine generate "It was a dark and stormy night"
   pyengine generate "Once upon a time" --model ./gpt2 --dtype float32 --temperature 0 --stats
+  pyengine generate "The year was" --regex " 1[0-9]{3}"
   echo "Dear Sir," | pyengine generate - --seed 1 > letter.txt
 """,
     "info": """
@@ -164,6 +165,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="draw tokens; with --num-beams it draws what beams compete with (default: draw without beams)",
     )
+    sub.add_argument(
+        "--json-schema", metavar="S", help="the text must be JSON of this schema: a file, or the schema itself ({...})"
+    )
+    sub.add_argument("--regex", metavar="R", help="the text must match this regular expression")
+    sub.add_argument("--grammar", metavar="FILE", help="the text must match this grammar, Lark as llguidance takes it")
     sub.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     sub.add_argument("--no-prompt", action="store_true", help="don't print the prompt before its continuation")
     sub.add_argument("--stats", action="store_true", help="print speed, threads and SIMD level on stderr")
@@ -265,9 +271,12 @@ def generate(arguments: argparse.Namespace) -> int:
     model = open_model(arguments)
     loaded = time.perf_counter()
     names = ["max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
-    names += ["stop", "seed", "ignore_eos", "do_sample"]
+    names += ["stop", "seed", "ignore_eos", "do_sample", "regex"]
     names += ["num_beams", "length_penalty", "num_beam_groups", "diversity_penalty"]
     params = {name: getattr(arguments, name) for name in names}
+    schema = arguments.json_schema
+    params["json_schema"] = schema if schema is None or schema.lstrip().startswith("{") else read_text(schema)
+    params["grammar"] = None if arguments.grammar is None else read_text(arguments.grammar)
     beams = arguments.num_beams > 1
     params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
     if beams:

@@ -41,7 +41,8 @@ class Completion:
     """A generated text.
 
     A stop token is the last of `token_ids` but not in `text`; a stop string is not in `text` either, its tokens are in
-    `token_ids`. `finish_reason` is "stop" for both, "length" where max_new_tokens or the context ended it.
+    `token_ids`. `finish_reason` is "stop" for both, and where a constraint lets nothing follow; "length" where
+    max_new_tokens or the context ended it.
     """
 
     text: str  # "" without a tokenizer

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ._native.sampling import Workspace
 from .completion import Completion, FinishReason, Piece, StopMatcher, Usage
+from .constraints import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 from .executor import Executor, Rows
 from .kv import PAGE, Sequence
@@ -43,6 +44,7 @@ class Job:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()  # token ids that end the text: `SamplingParams.stop_ids`
     tokenizer: Detokenizes | None = None  # without one there is no text
+    constraint: Constraint | None = None  # what the text must match, before its first token
 
     def check(self, executor: Executor) -> None:
         """Raises `ArgumentError` for what this executor can't do."""
@@ -53,6 +55,10 @@ class Job:
         self.params.check_vocab(executor.vocab_size)
         if self.params.stop_strings and self.tokenizer is None:
             raise ArgumentError(f"stop: expected no strings without a tokenizer, got {self.params.stop!r}")
+
+    def sampler(self, work: Workspace, sample_index: int = 0) -> Sampler:
+        """What chooses the tokens of one of its samples."""
+        return Sampler(self.params, work, self.prompt_ids, sample_index, self.constraint)
 
     def n_position(self, executor: Executor) -> int:
         """Positions that one text can come to have: the last token never runs."""
@@ -75,8 +81,7 @@ class Sample:
 
     def fork(self, index: int) -> Sample:
         """Another sample of the prompt, once that has run."""
-        sampler = Sampler(self.job.params, self.sampler.work, self.job.prompt_ids, index)
-        fork = Sample(self.job, self.sequence.fork(), sampler, self.called)
+        fork = Sample(self.job, self.sequence.fork(), self.job.sampler(self.sampler.work, index), self.called)
         fork.started = self.started
         return fork
 
@@ -91,7 +96,7 @@ class Sample:
 
     def restart(self) -> None:
         """Goes on from what its sequence has, or else the prefix cache, of its tokens; all others are pending."""
-        token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.generated, np.int32)])
+        token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.adjustments.generated, np.int32)])
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
     def advance(self, logits: Floats, max_seq_len: int) -> Piece:
@@ -104,6 +109,8 @@ class Sample:
             reason = "stop"
         elif self.detokenizer:
             text = self.matcher.push(self.detokenizer.push(chosen.token_id))
+        if self.sampler.adjustments.complete:
+            reason = "stop"
         # A token that is the last needs no place in the context: it never runs.
         if len(self.pieces) + 1 == self.job.params.max_new_tokens or self.sequence.length == max_seq_len:
             reason = reason or "length"
@@ -150,7 +157,7 @@ class Generation(Task):
         super().__init__(job.params.num_return_sequences)
         self.executor = executor
         self.job = job
-        sampler = Sampler(job.params, work or Workspace(executor.vocab_size), job.prompt_ids)
+        sampler = job.sampler(work or Workspace(executor.vocab_size))
         self.samples = [Sample(job, executor.new_sequence(), sampler, self.called)]
 
     def start(self) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from functools import cached_property, partial
 from importlib import resources
 from numbers import Integral
 from os import PathLike
@@ -23,6 +24,7 @@ from .architectures import architecture_of
 from .beam import BeamGeneration
 from .checkpoint import Checkpoint, bind, read_json
 from .completion import Completion, Piece
+from .constraints import Constraint, Vocabulary
 from .cost import Cost, cost, default_kv_dtype
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
@@ -31,7 +33,7 @@ from .kv import PAGE
 from .memory import choose_pages
 from .plan import Plan
 from .runner import Request, Runner, Stream, wait_all
-from .sampling import SamplingParams
+from .sampling import LogitsProcessor, SamplingParams
 from .scheduler import Scheduler, Stats, stats
 from .scoring import Logits, Score, Scoring
 from .threads import choose_threads
@@ -215,17 +217,23 @@ class Model:
         do_sample: bool | None = None,
         num_beam_groups: int = 1,
         diversity_penalty: float = 0.0,
+        logits_processor: LogitsProcessor | SequenceOf[LogitsProcessor] | None = None,
+        json_schema: dict[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Any:
         """Continues a prompt: a str, a list of token ids, or a list of either, which runs as one batch.
 
         Returns a `Completion`; a list of them for a list of prompts; and for num_return_sequences > 1 a list of that
         many in the place of each. What the arguments mean stands in `SamplingParams`; a text ends at the model's
-        end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full. The same
-        seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and NonFiniteError
-        where the logits can't be used.
+        end-of-text token, at a stop string or stop token, after max_new_tokens, or when the context is full; one that
+        must match json_schema, regex or grammar (they need the extra `constrained`) also when nothing more may follow.
+        The same seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and
+        NonFiniteError where the logits can't be used.
 
         >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
         >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]
+        >>> model.generate("The year was", regex=r" 1[0-9]{3}").text
         >>> model.generate("One", num_beams=6, num_beam_groups=3, diversity_penalty=1.0, num_return_sequences=3)
         """
         params = SamplingParams(
@@ -247,13 +255,17 @@ class Model:
             early_stopping=early_stopping,
             num_beam_groups=num_beam_groups,
             diversity_penalty=diversity_penalty,
+            logits_processor=logits_processor,
+            json_schema=json_schema,
+            regex=regex,
+            grammar=grammar,
             num_return_sequences=num_return_sequences,
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
         prompts = self._prompts(prompt)
         if prompts is None:
-            return self._submit(self._task(cast("Prompt", prompt), params)).wait()
+            return self._submit_one(cast("Prompt", prompt), params).wait()
         with self._all(prompts, params) as requests:
             return wait_all(requests)
 
@@ -266,7 +278,7 @@ class Model:
         >>> requests = [model.submit(prompt, seed=1) for prompt in prompts]
         >>> texts = [request.result().text for request in requests]
         """
-        return self._submit(self._task(prompt, SamplingParams(**params)))
+        return self._submit_one(prompt, SamplingParams(**params))
 
     async def agenerate(self, prompt: Prompt | SequenceOf[Prompt], **params: Any) -> Any:
         """`generate` for an event loop, which goes on meanwhile; cancelling the task cancels the request.
@@ -276,7 +288,7 @@ class Model:
         prompts = self._prompts(prompt)
         sampling = SamplingParams(**params)
         if prompts is None:
-            return await asyncio.wrap_future(self._submit(self._task(cast("Prompt", prompt), sampling)))
+            return await asyncio.wrap_future(self._submit_one(cast("Prompt", prompt), sampling))
         with self._all(prompts, sampling) as requests:
             return await asyncio.gather(*map(asyncio.wrap_future, requests))
 
@@ -359,12 +371,13 @@ class Model:
         for name in ("num_beams", "num_return_sequences"):
             if getattr(sampling, name) != 1:
                 raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
-        return self._submit(self._task(prompt, sampling))
+        return self._submit_one(prompt, sampling)
 
     @contextmanager
     def _all(self, prompts: SequenceOf[Prompt], params: SamplingParams) -> Iterator[list[Request[Any]]]:
         """The requests of a list, none of which outlives the block: if one fails, the others are cancelled."""
-        tasks = [self._task(one, params, f"prompt[{i}]") for i, one in enumerate(prompts)]
+        constraint = self._constraint(params)
+        tasks = [self._task(one, params, constraint, f"prompt[{i}]") for i, one in enumerate(prompts)]
         requests: list[Request[Any]] = []
         try:
             requests += map(self._submit, tasks)
@@ -373,9 +386,31 @@ class Model:
             for request in requests:
                 request.cancel()
 
-    def _task(self, prompt: Prompt, params: SamplingParams, name: str = "prompt") -> Generation | BeamGeneration:
-        job = Job(self.token_ids(prompt, name), params, params.stop_ids(self.eos_token_ids), self.tokenizer)
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """What constraints walk; made when first used."""
+        assert self.tokenizer is not None
+        encode = partial(self.tokenizer.encode, allow_special=False)
+        return Vocabulary(self.tokenizer.vocabulary(), self.tokenizer.special_ids, encode)
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.constraint is None:
+            return None
+        name, value = params.constraint
+        if self.tokenizer is None:
+            raise ArgumentError(f"{name}: expected none, got {value!r}: the checkpoint has no tokenizer")
+        params.check_vocab(self.plan.vocab_size)
+        return self._vocabulary.compile(name, value, params.stop_ids(self.eos_token_ids))
+
+    def _task(
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, name: str = "prompt"
+    ) -> Generation | BeamGeneration:
+        stop_ids = params.stop_ids(self.eos_token_ids)
+        job = Job(self.token_ids(prompt, name), params, stop_ids, self.tokenizer, constraint)
         return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work)
+
+    def _submit_one(self, prompt: Prompt, params: SamplingParams) -> Request[Any]:
+        return self._submit(self._task(prompt, params, self._constraint(params)))
 
     def _submit(self, task: Generation | BeamGeneration) -> Request[Any]:
         def result() -> Completion | list[Completion]:

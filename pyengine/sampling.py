@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -16,10 +17,15 @@ from numpy.typing import NDArray
 
 from ._native.drawing import uniform
 from ._native.sampling import Workspace
+from .constraints import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 
 MAX_INT = 2**31 - 1
 NONE = array("i")  # no token ids
+CONSTRAINTS = ("json_schema", "regex", "grammar")
+
+# Token ids of the prompt and of what is generated so far, int32 [n]; logits, float32 [vocab_size] → such logits.
+LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,9 @@ class SamplingParams:
     """How to generate. Names, defaults and the order of operations are those of transformers.
 
     A logit goes through repetition_penalty (for tokens of the prompt and generated ones), presence_penalty and
-    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, temperature, top_k, top_p, min_p; then one
-    token is drawn. do_sample=False or temperature=0 take the largest logit instead, the lowest id of those that tie.
+    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, logits_processor, the constraint,
+    temperature, top_k, top_p, min_p; then one token is drawn. do_sample=False or temperature=0 take the largest logit
+    instead, the lowest id of those that tie.
 
     num_beams > 1 searches for the most probable text (beam search, Lowerre 1976).
 
@@ -42,6 +49,16 @@ class SamplingParams:
 
     The draw depends on the seed, on which of num_return_sequences or beams it is for, and on how many tokens that one
     has: so the same seed gives the same text, alone or in a batch. Without a seed each sample takes a fresh one.
+
+    logits_processor is a function, or a list of them, f(token_ids, logits) -> logits: int32 [n], the prompt and what is
+    generated so far; float32 [vocab_size], which it may change and return, or return another. What it is given is valid
+    until it returns. With beams these are log-probabilities, as in transformers. What it raises ends the generation.
+
+    json_schema, regex or grammar (Lark, as llguidance takes it) is what the text must match, from its first character
+    to its last; at most one of them. A token that can't lead to a match isn't drawn, nor the end of the text before it
+    matches; once nothing more may follow it ends, with finish_reason "stop". max_new_tokens, the context and stop
+    strings may end it before. JSON has no blanks but one after a comma or a colon, unless the schema's "x-guidance"
+    allows others.
 
     Raises `ArgumentError` or `ArgumentTypeError` naming the argument, what is expected and what came.
 
@@ -69,6 +86,10 @@ class SamplingParams:
     do_sample: bool | None = None  # None: draw with one beam, search without drawing with more
     num_beam_groups: int = 1  # a divisor of num_beams
     diversity_penalty: float = 0.0  # above 0 with groups
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
@@ -98,6 +119,12 @@ class SamplingParams:
         if self.do_sample and self.temperature == 0:
             raise ArgumentError("temperature: expected above 0 with do_sample=True, got 0")
         self._check_groups()
+        if not callable(self.logits_processor):
+            expected = "a function or a list of functions"
+            for processor in _sequence("logits_processor", self.logits_processor, expected):
+                if not callable(processor):
+                    raise ArgumentTypeError(f"logits_processor: expected {expected}, got {processor!r} in it")
+        self._check_constraint()
         if self.num_beams > 1:
             self._check_beams()
 
@@ -128,6 +155,28 @@ class SamplingParams:
             raise _with_beams(
                 "num_return_sequences", f"at most {self.num_beams}", self.num_return_sequences, self.num_beams
             )
+
+    def _check_constraint(self) -> None:
+        for name in CONSTRAINTS:
+            value = getattr(self, name)
+            if not isinstance(value, str | None) and (name != "json_schema" or not isinstance(value, dict)):
+                expected = "a dict or a str" if name == "json_schema" else "a str"
+                raise ArgumentTypeError(f"{name}: expected {expected}, got {value!r}")
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ArgumentError(f"{given[1]}: expected none beside {given[0]}, got {getattr(self, given[1])!r}")
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        """The name and the value of json_schema, regex or grammar, whichever is given."""
+        return next(((name, getattr(self, name)) for name in CONSTRAINTS if getattr(self, name) is not None), None)
+
+    @property
+    def processors(self) -> tuple[LogitsProcessor, ...]:
+        """`logits_processor` as a tuple."""
+        if self.logits_processor is None:
+            return ()
+        return (self.logits_processor,) if callable(self.logits_processor) else tuple(self.logits_processor)
 
     @property
     def samples(self) -> bool:
@@ -169,36 +218,77 @@ class TokenLogprob:
     top: list[tuple[int, float]] = field(default_factory=list)  # (token_id, logprob), the most probable first
 
 
-class Penalties:
-    """The adjustments that depend on the tokens so far, and the bias."""
+class Adjustments:
+    """What one text makes of its logits, and the state that this depends on: its tokens, and how far its constraint is.
 
-    def __init__(self, params: SamplingParams, prompt_ids: NDArray[np.int32]) -> None:
+    `constraint` is that of the text's beginning, and stays as it is.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: NDArray[np.int32], constraint: Constraint | None = None
+    ) -> None:
         bias = params.logit_bias or {}
         self.prompt_ids = prompt_ids
+        self.generated = array("i")
         self.factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
         self.diversity_penalty = params.diversity_penalty
-        self.any = self.factors != (1, 0, 0) or len(bias) > 0
+        self.processors = params.processors
+        self.constraint = constraint and constraint.fork()
 
     def apply(
-        self,
-        work: Workspace,
-        logits: NDArray[np.float32],
-        generated: array[int],
-        shift: float = 0.0,
-        taken: array[int] = NONE,
+        self, work: Workspace, logits: NDArray[np.float32], shift: float = 0.0, taken: array[int] = NONE
     ) -> NDArray[np.float32]:
         """logits - shift, adjusted: float32 [vocab_size], valid until the next call; just `logits` without any.
 
         `taken` are the tokens that other groups of beams chose.
         """
-        if not self.any and not taken:
+        penalised = self.factors != (1, 0, 0) or len(self.bias) > 0 or len(taken) > 0
+        if not (penalised or self.processors or self.constraint):
             return logits
-        diversity = (taken, self.diversity_penalty)
-        return work.adjust(
-            logits, shift, *diversity, self.prompt_ids, generated, *self.factors, self.bias_ids, self.bias
-        )
+        if penalised or self.processors or shift:
+            logits = work.adjust(
+                logits,
+                shift,
+                taken,
+                self.diversity_penalty,
+                self.prompt_ids,
+                self.generated,
+                *self.factors,
+                self.bias_ids,
+                self.bias,
+            )
+        if self.processors:
+            token_ids = np.concatenate([self.prompt_ids, np.array(self.generated, np.int32)])
+            for processor in self.processors:
+                logits = _processed(processor, token_ids, logits)
+        return self.constraint.mask(work, logits) if self.constraint else logits
+
+    def append(self, token_id: int) -> None:
+        """The text goes on by this token."""
+        self.generated.append(token_id)
+        if self.constraint:
+            self.constraint.accept(token_id)
+
+    def rollback(self, n: int) -> None:
+        """Takes the last n generated tokens back."""
+        first = len(self.generated) - n
+        if self.constraint:
+            self.constraint.rollback(self.generated[first:])
+        del self.generated[first:]
+
+    def fork(self) -> Adjustments:
+        """Those of another text with the same beginning."""
+        fork = copy.copy(self)
+        fork.generated = self.generated[:]
+        fork.constraint = self.constraint and self.constraint.fork()
+        return fork
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow, by the constraint."""
+        return self.constraint is not None and self.constraint.complete
 
 
 class Sampler:
@@ -208,26 +298,30 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, work: Workspace, prompt_ids: NDArray[np.int32], sample_index: int = 0
+        self,
+        params: SamplingParams,
+        work: Workspace,
+        prompt_ids: NDArray[np.int32],
+        sample_index: int = 0,
+        constraint: Constraint | None = None,
     ) -> None:
         self.params = params
         self.work = work
-        self.penalties = Penalties(params, prompt_ids)
+        self.adjustments = Adjustments(params, prompt_ids, constraint)
         self.sample_index = sample_index
         self.seed = params.choose_seed()
-        self.generated = array("i")
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
         params, work = self.params, self.work
         total = work.logsumexp(logits)
-        adjusted = self.penalties.apply(work, logits, self.generated)
+        adjusted = self.adjustments.apply(work, logits)
         if not params.samples:
             token_id = work.argmax(adjusted)
         else:
-            number = uniform(self.seed, self.sample_index, len(self.generated))
+            number = uniform(self.seed, self.sample_index, len(self.adjustments.generated))
             token_id = work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
-        self.generated.append(token_id)
+        self.adjustments.append(token_id)
         return token_logprob(work, logits, total, token_id, params.logprobs)
 
 
@@ -238,6 +332,22 @@ def token_logprob(
     token_ids, values = work.top(logits, n_top) if n_top else ((), ())
     top = [(int(i), float(value) - total) for i, value in zip(token_ids, values, strict=True)]
     return TokenLogprob(token_id, float(logits[token_id]) - total, top)
+
+
+def _processed(
+    processor: LogitsProcessor, token_ids: NDArray[np.int32], logits: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What a processor makes of the logits, checked."""
+    shape = logits.shape
+    result = processor(token_ids, logits)
+    expected = f"logits_processor: expected float32 {list(shape)} from {processor!r}"
+    if not isinstance(result, np.ndarray):
+        raise ArgumentTypeError(f"{expected}, got {result!r}")
+    if result.dtype != np.float32:
+        raise ArgumentTypeError(f"{expected}, got {result.dtype}")
+    if result.shape != shape:
+        raise ArgumentError(f"{expected}, got {list(result.shape)}")
+    return np.ascontiguousarray(result)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

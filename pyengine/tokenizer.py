@@ -45,7 +45,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int) -> None:
         self._backend = backend
         self._lock = threading.Lock()  # the library keeps what to do with special tokens as a state
-        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = vocab_size  # the model's: ids that it has beyond the tokenizer's stand for no text
 
     @classmethod
@@ -109,6 +109,10 @@ class Tokenizer:
         """A new `TokenStream`, which decodes one token at a time."""
         return TokenStream(self, skip_special_tokens)
 
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, [vocab_size]; none for an id that only the model has."""
+        return [self._bytes(token_id, skip_special_tokens=False) for token_id in range(self.vocab_size)]
+
     def _bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """The bytes that a token stands for; none for an id that only the model has."""
         try:
@@ -120,7 +124,7 @@ class Tokenizer:
         if not 0 <= index < self.vocab_size:
             raise ArgumentError(f"token id: expected 0 to {self.vocab_size - 1}, got {show(index)}")
         token = self._backend.id_to_token(index)
-        if token is None or (skip_special_tokens and index in self._special):
+        if token is None or (skip_special_tokens and index in self.special_ids):
             return b""
         try:
             return bytes([_BYTE_OF[char] for char in token])

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from pyengine.beam import BeamGeneration
+from pyengine.completion import Completion
 from pyengine.executor import Rows
+from pyengine.generation import Generation, Job
 from pyengine.kv import UNLIMITED
 from pyengine.scheduler import Scheduler, Task
 
@@ -147,3 +150,13 @@ def drive(executor: Any, tasks: SequenceOf[Task], max_batch: int | None = None, 
     for task in tasks:
         if task.error:
             raise task.error
+
+
+def complete(executor: Any, jobs: SequenceOf[Job], max_batch: int | None = None) -> list[list[Completion]]:
+    """The completions of jobs that run as one batch; nothing stays open."""
+    tasks = [(BeamGeneration if job.params.num_beams > 1 else Generation)(executor, job) for job in jobs]
+    try:
+        drive(executor, tasks, max_batch)
+    finally:
+        assert executor.n_open == 0
+    return [task.completions() for task in tasks]

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, LetterTokenizer, drive, saying
+from fake_executor import FakeExecutor, LetterTokenizer, complete, saying
 
 import pyengine
-from pyengine.beam import BeamGeneration
 from pyengine.completion import Completion
 from pyengine.errors import ArgumentError, NonFiniteError
 from pyengine.generation import Generation, Job
@@ -225,12 +224,7 @@ GROUPS = json.loads((Path(__file__).parent / "golden" / "beam_groups_table.json"
 def search(executor: Any, prompt_ids: list[int], stop_ids: Any = (), **arguments: Any) -> list[Completion]:
     """Beam search that leaves nothing open."""
     params = SamplingParams(**{"max_new_tokens": 6, "num_beams": 3} | arguments)
-    task = BeamGeneration(executor, Job(np.array(prompt_ids, np.int32), params, frozenset(stop_ids)))
-    try:
-        drive(executor, [task])
-    finally:
-        assert executor.n_open == 0
-    return task.completions()
+    return complete(executor, [Job(np.array(prompt_ids, np.int32), params, frozenset(stop_ids))])[0]
 
 
 @pytest.mark.parametrize("max_rows", [4, 512])
@@ -330,9 +324,7 @@ def test_the_context_ends_the_search() -> None:
 def test_text_leaves_out_the_stop_token() -> None:
     params = SamplingParams(num_beams=2, max_new_tokens=10)
     executor: Any = saying("größe\x04")
-    task = BeamGeneration(executor, Job(np.array([1], np.int32), params, frozenset([4]), LetterTokenizer()))
-    drive(executor, [task])
-    [one] = task.completions()
+    [[one]] = complete(executor, [Job(np.array([1], np.int32), params, frozenset([4]), LetterTokenizer())])
     assert (one.text, one.token_ids[-1], one.finish_reason) == ("größe", 4, "stop")
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, drive
+from fake_executor import FakeExecutor, complete
 from numpy.typing import NDArray
 
 import pyengine
 from pyengine._native.drawing import uniform
 from pyengine._native.sampling import Workspace
-from pyengine.beam import Beam, BeamGeneration, Candidates, Group
+from pyengine.beam import Beam, Candidates, Group
 from pyengine.completion import Completion
 from pyengine.generation import Job
 from pyengine.sampling import SamplingParams, TokenLogprob
@@ -32,10 +32,7 @@ def job(prompt_ids: list[int], stop_ids: Any = (), **arguments: Any) -> Job:
 
 
 def search(executor: Any, prompt_ids: list[int], stop_ids: Any = (), **arguments: Any) -> list[Completion]:
-    task = BeamGeneration(executor, job(prompt_ids, stop_ids, **arguments))
-    drive(executor, [task])
-    assert executor.n_open == 0
-    return task.completions()
+    return complete(executor, [job(prompt_ids, stop_ids, **arguments)])[0]
 
 
 def filtered(scores: Floats, params: SamplingParams, n_least: int) -> Floats:
@@ -167,8 +164,9 @@ def test_candidates_follow_the_exact_distribution(temperature: float) -> None:
     work = Workspace(4)
     for seed in range(20_000):
         asked = job([1], num_beams=3, temperature=temperature, seed=seed)
-        group = Group(asked.params, asked.stop_ids, 9)
-        group.beams = [Beam(score, (token,)) for score in SCORES]
+        group = Group(asked, 9)
+        adjustments = group.beams[0].adjustments
+        group.beams = [Beam(score, adjustments, (token,)) for score in SCORES]
         drawn = Candidates(asked, work).of(LOGITS, group, array("i"))
         counts[frozenset(4 * one.parent + one.chosen.token_id for one in drawn)] += 1
         scores = [one.score for one in drawn]

@@ -122,6 +122,24 @@ def test_generate_options_arrive() -> None:
     assert "; int8, KV bfloat16, " in run("generate", "Once", "--kv-dtype", "bfloat16", "--stats", "--no-prompt")[2]
 
 
+def test_generate_constrained(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="constraints need llguidance: the extra `constrained`")
+    model = pyengine.load("demo", dtype="float32", threads=1)
+    schema = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "additionalProperties": false}'
+    grammar = 'start: " " ("yes" | "no") "!"{1,3}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "grammar.lark").write_text(grammar)
+    for option, given, arguments in (
+        ("--json-schema", schema, {"json_schema": schema}),
+        ("--json-schema", str(tmp_path / "schema.json"), {"json_schema": schema}),
+        ("--regex", " 1[0-9]{3}", {"regex": " 1[0-9]{3}"}),
+        ("--grammar", str(tmp_path / "grammar.lark"), {"grammar": grammar}),
+    ):
+        expected = model.generate("Once", temperature=0.8, seed=3, **arguments).text
+        options = ("--seed", "3", "--no-prompt", "--dtype", "float32", option, given)
+        assert run("generate", "Once", *options) == (0, f"{expected}\n", "")
+
+
 def test_help_has_examples() -> None:
     for command in ((), ("generate",), ("bench",), ("info",), ("perplexity",)):
         code, out, err = run(*command, "--help")
@@ -184,6 +202,10 @@ REFUSED = {
     "groups without beams": (("--num-beam-groups", "2"), "num_beam_groups: expected a divisor of num_beams=1, got 2"),
     "diversity": (("--diversity-penalty", "nan"), "diversity_penalty: expected at least 0, got nan"),
     "do_sample": (("--do-sample", "--temperature", "0"), "temperature: expected above 0 with do_sample=True, got 0"),
+    "schema": (("--json-schema", "{"), "json_schema: expected JSON, got an error in it"),
+    "schema file": (("--json-schema", "/nonexistent.json"), "/nonexistent.json: expected a readable file"),
+    "grammar file": (("--grammar", "/nonexistent.lark"), "/nonexistent.lark: expected a readable file"),
+    "constraints": (("--regex", "a", "--json-schema", "{}"), "regex: expected none beside json_schema, got 'a'"),
     "stop": (("--stop", ""), "stop: expected strings of at least one character, got ''"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, LetterTokenizer, drive, saying
+from fake_executor import FakeExecutor, LetterTokenizer, complete, drive, saying
 
 from pyengine.completion import Completion, Piece, StopMatcher
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
@@ -24,13 +24,6 @@ def prompt(*token_ids: int) -> Any:
 
 def job(token_ids: Any, stop_ids: frozenset[int] = frozenset(), **arguments: Any) -> Job:
     return Job(token_ids, SamplingParams(**{"max_new_tokens": 10} | arguments), stop_ids)
-
-
-def complete(executor: Any, jobs: list[Job], max_batch: int | None = None) -> list[list[Completion]]:
-    """The completions of jobs that run as one batch."""
-    tasks = [Generation(executor, one) for one in jobs]
-    drive(executor, tasks, max_batch)
-    return [task.completions() for task in tasks]
 
 
 def say(text: str | bytes, stop_ids: frozenset[int] = frozenset(), **arguments: Any) -> Completion:

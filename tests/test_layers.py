@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "pyengine"
 LAYERS = [
     ["errors"],
     ["_native"],
+    ["constraints"],
     ["plan", "config", "sampling", "cgroup", "prefix"],
     ["architectures", "completion", "cost", "checkpoint", "equalize", "kv", "threads"],
     ["tokenizer", "weights", "executor", "memory"],

@@ -7,7 +7,7 @@ depends on the SIMD level (`max`, `exp_sum`) gives the same bits at every level 
 
 from libc.float cimport FLT_MAX
 from libc.math cimport INFINITY, log
-from libc.stdint cimport int16_t, int32_t, int64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy
 
@@ -33,7 +33,7 @@ cdef class Workspace:
     """
 
     cdef readonly int64_t vocab_size
-    cdef float[::1] adjusted, kept, weights, values, masses, maxima
+    cdef float[::1] adjusted, masked, kept, weights, values, masses, maxima
     cdef double[::1] sums
     cdef int32_t[::1] kept_ids, counts
     cdef int16_t[::1] buckets
@@ -43,6 +43,7 @@ cdef class Workspace:
             raise ArgumentError(f"vocab_size: expected at least 1, got {vocab_size}")
         self.vocab_size = vocab_size
         self.adjusted = np.empty(vocab_size, np.float32)  # what `adjust` returns
+        self.masked = np.empty(vocab_size, np.float32)  # what `mask` returns
         self.kept = np.empty(vocab_size, np.float32)  # the logits that top_k left, ascending in token id
         self.kept_ids = np.empty(vocab_size, np.int32)
         self.weights = np.empty(vocab_size, np.float32)  # the distribution that is drawn from, times a constant
@@ -158,6 +159,26 @@ cdef class Workspace:
             for i in range(bias_ids.shape[0]):
                 x[bias_ids[i]] += bias[i]
         return np.asarray(self.adjusted)
+
+    def mask(self, const float[::1] logits, const uint32_t[::1] bits, const int32_t[::1] end_ids):
+        """The logits whose bit is 1, -inf for the others: float32 [vocab_size], valid until the next call of `mask`.
+
+        Bit i % 32 of word i // 32 is that of token i; for the tokens of `end_ids` it is the bit after the last token's.
+        """
+        cdef int64_t n = self.vocab_size, n_word = n // 32 + 1, i
+        self.check(logits)
+        check_ids(end_ids, n)
+        if bits.shape[0] != n_word:
+            raise ArgumentError(f"bits: expected {n_word} words, got {bits.shape[0]}")
+        cdef float *out = &self.masked[0]
+        cdef const float *x = &logits[0]
+        cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
+        with nogil:
+            for i in range(n_word):
+                where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
+            for i in range(end_ids.shape[0]):
+                out[end_ids[i]] = x[end_ids[i]] if ends else -INFINITY
+        return np.asarray(self.masked)
 
     cdef int64_t keep_top(self, const float *x, int64_t k) noexcept nogil:
         """Moves the k largest logits, and those that tie with the k-th, to self.kept and self.kept_ids: how many.
@@ -278,6 +299,20 @@ cdef void repeated(float *x, int32_t *seen, int32_t token_id, float penalty) noe
     if not seen[token_id]:
         seen[token_id] = 1
         x[token_id] = x[token_id] * penalty if x[token_id] < 0 else x[token_id] / penalty
+
+
+cdef void where(uint32_t bits, const float *x, float *out, int64_t n) noexcept nogil:
+    """out[i] = x[i] where bit i is 1, else -inf. Most words are all 0 or all 1."""
+    cdef int64_t i
+    if bits == 0xFFFFFFFFU:
+        memcpy(out, x, n * sizeof(float))
+        return
+    for i in range(n):
+        out[i] = -INFINITY
+    if bits != 0:
+        for i in range(n):
+            if (bits >> i) & 1:
+                out[i] = x[i]
 
 
 cdef void drop(float *weights, const float *x, int64_t n, float low) noexcept nogil:
