@@ -43,3 +43,7 @@ class Workspace:
         n_least: int,
         uniforms: NDArray[np.float64],
     ) -> tuple[Ids, NDArray[np.float64]]: ...
+
+def draw_rows(
+    works: list[Workspace], logits: list[Floats], asked: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...

@@ -14,6 +14,8 @@ from libc.string cimport memcpy
 from .cutoffs cimport FEW, PEAK, bounds, coarse, cutoff, gather
 from .drawing cimport BLOCK, add_up, invert, race
 from .logprobs cimport check_ids, log_sum_exp
+from .memory cimport Block
+from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
 
 import numpy as np
@@ -24,6 +26,11 @@ from .logprobs import unusable
 ctypedef struct Entry:
     float value
     int32_t token_id
+
+# What tokens are drawn from: see `Workspace.draw`.
+cdef struct Filters:
+    double temperature, top_p, min_p
+    int64_t top_k, n_least
 
 
 cdef class Workspace:
@@ -79,12 +86,7 @@ cdef class Workspace:
     def argmax(self, const float[::1] logits) -> int:
         """The token id of the largest logit, the lowest of those that tie."""
         cdef float top = self.maximum(logits)
-        cdef const float *x = &logits[0]
-        cdef int64_t i = 0
-        with nogil:
-            while x[i] != top:
-                i += 1
-        return i
+        return first_of(&logits[0], top)
 
     def top(self, const float[::1] logits, int64_t k):
         """The k largest logits, descending, ties by ascending token id: token_ids int32 [k], logits float32 [k].
@@ -198,34 +200,36 @@ cdef class Workspace:
         low = cutoff(values, NULL, n_found, k)
         return gather(x, n, maxima, low, &self.kept[0], &self.kept_ids[0])
 
-    cdef int64_t filter(self, const float[::1] logits, double temperature, int64_t top_k, double top_p,
-                        double min_p, int64_t n_least) except -1:
-        """Fills self.weights with exp((logit - max) / temperature), 0 for tokens that are filtered out.
+    cdef int64_t filter(self, const float *x, float top, const Filters *f) noexcept nogil:
+        """Fills self.weights with exp((logit - top) / temperature), 0 for tokens that are filtered out; top is the maximum.
 
         The n_least largest stay whatever the filters say. Returns how many there are: vocab_size, or fewer, whose ids
         are in self.kept_ids, if top_k has left only those.
         """
-        cdef float top = self.maximum(logits)
-        cdef const float *x = &logits[0]
         cdef float *weights = &self.weights[0]
         cdef int64_t n = self.vocab_size
         cdef float least = INFINITY, low  # the lowest logit that stays in any case; the lowest weight
         cdef int64_t i
-        cdef double scale = inverse(temperature)
-        with nogil:
-            if n_least > 1 and (top_p < 1.0 or min_p > 0.0):
-                bounds(&self.kept[0], self.keep_top(x, n_least), &top, &least)
-            if top_k > 0 and max(top_k, n_least) < n:
-                n = self.keep_top(x, max(top_k, n_least))
-                x = &self.kept[0]
-            kernels().exp_sum(x, n, top, <float> scale, weights)
-            if top_p < 1.0:
-                drop(weights, x, n, min(self.nucleus(x, n, top, scale, top_p), least))
-            if min_p > 0.0:
-                low = <float> min_p  # the largest weight is 1
-                for i in range(n):
-                    weights[i] = 0.0 if (weights[i] < low) & (x[i] < least) else weights[i]
+        cdef double scale = inverse(f.temperature)
+        if f.n_least > 1 and (f.top_p < 1.0 or f.min_p > 0.0):
+            bounds(&self.kept[0], self.keep_top(x, f.n_least), &top, &least)
+        if f.top_k > 0 and max(f.top_k, f.n_least) < n:
+            n = self.keep_top(x, max(f.top_k, f.n_least))
+            x = &self.kept[0]
+        kernels().exp_sum(x, n, top, <float> scale, weights)
+        if f.top_p < 1.0:
+            drop(weights, x, n, min(self.nucleus(x, n, top, scale, f.top_p), least))
+        if f.min_p > 0.0:
+            low = <float> f.min_p  # the largest weight is 1
+            for i in range(n):
+                weights[i] = 0.0 if (weights[i] < low) & (x[i] < least) else weights[i]
         return n
+
+    cdef int64_t draw_from(self, const float *x, float top, const Filters *f, double uniform) noexcept nogil:
+        """What `draw` does, for logits that can be used."""
+        cdef int64_t n = self.filter(x, top, f), i
+        i = invert(&self.weights[0], n, &self.sums[0], uniform * add_up(&self.weights[0], n, &self.sums[0]))
+        return self.kept_ids[i] if n < self.vocab_size else i
 
     cdef float nucleus(self, const float *x, int64_t n, float top, double scale, double top_p) noexcept nogil:
         """The highest cut-off such that the entries with x >= cut-off have at least top_p of all the weight.
@@ -249,7 +253,8 @@ cdef class Workspace:
     def probabilities(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
                       int64_t n_least=1):
         """What `draw` draws from: float64 [vocab_size], 0 for tokens that are filtered out."""
-        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, n_least)
+        cdef Filters f = filters_of(temperature, top_k, top_p, min_p, n_least)
+        cdef int64_t n = self.filter(&logits[0], self.maximum(logits), &f)
         weights = np.asarray(self.weights[:n], np.float64)
         probs = np.zeros(self.vocab_size)
         probs[np.asarray(self.kept_ids[:n]) if n < self.vocab_size else slice(None)] = weights / weights.sum()
@@ -263,11 +268,12 @@ cdef class Workspace:
         largest (0: all); the fewest largest whose mass reaches top_p (Holtzman et al. 2019); those of at least min_p times
         the largest probability. temperature > 0, 0 < top_p <= 1, 0 <= min_p < 1.
         """
-        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, 1)
-        cdef int64_t i
+        cdef Filters f = filters_of(temperature, top_k, top_p, min_p, 1)
+        cdef float top = self.maximum(logits)
+        cdef int64_t token_id
         with nogil:
-            i = invert(&self.weights[0], n, &self.sums[0], uniform * add_up(&self.weights[0], n, &self.sums[0]))
-        return self.kept_ids[i] if n < self.vocab_size else i
+            token_id = self.draw_from(&logits[0], top, &f, uniform)
+        return token_id
 
     def race(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
              int64_t n_least, const double[::1] uniforms):
@@ -278,7 +284,8 @@ cdef class Workspace:
         replacement, in proportion to these rates (Efraimidis and Spirakis 2006). uniforms in [0, 1) are two for each
         that may arrive; fewer arrive where no more are left.
         """
-        cdef int64_t n = self.filter(logits, temperature, top_k, top_p, min_p, n_least)
+        cdef Filters f = filters_of(temperature, top_k, top_p, min_p, n_least)
+        cdef int64_t n = self.filter(&logits[0], self.maximum(logits), &f)
         cdef int64_t n_draw = min(uniforms.shape[0] // 2, n), n_drawn = 0
         indices, log_times = np.empty(n_draw, np.int32), np.empty(n_draw, np.float64)
         cdef int32_t[::1] index = indices
@@ -288,6 +295,81 @@ cdef class Workspace:
                 n_drawn = race(&self.weights[0], n, n_draw, &uniforms[0], &self.sums[0], &index[0], &log_time[0])
         token_ids = np.asarray(self.kept_ids)[indices[:n_drawn]] if n < self.vocab_size else indices[:n_drawn]
         return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
+
+
+# One row of many that are drawn from at once.
+cdef struct Row:
+    const float *x
+    Filters filters
+    double uniform
+    double total  # the logits' logsumexp, NaN where they can't be used
+    int64_t token_id
+
+cdef struct DrawTask:
+    void **works
+    Row *rows
+    int64_t n_row
+
+
+def draw_rows(list works, list logits, const double[:, ::1] asked):
+    """The next tokens of many samples, on a thread for each of `works`, which are of one vocab_size.
+
+    logits are float32 [vocab_size] each; asked is float64 [n, 5]: temperature (0 for the largest logit), top_k, top_p,
+    min_p, uniform, as `Workspace.draw` has them. Returns token ids, int64 [n], and the logits' logsumexp, float64 [n]: NaN
+    where a row can't be used.
+    """
+    cdef int64_t n = len(logits), i
+    cdef Block pointers = Block(len(works) * sizeof(void *), "sampling"), rows = Block(n * sizeof(Row), "sampling")
+    cdef DrawTask task
+    cdef Workspace work
+    cdef const float[::1] x
+    cdef Row *row
+    task.works, task.rows, task.n_row = <void **>pointers.data, <Row *>rows.data, n
+    for i, work in enumerate(works):
+        task.works[i] = <void *>work
+    for i in range(n):
+        x, row = logits[i], &task.rows[i]
+        work.check(x)
+        row.x, row.uniform = &x[0], asked[i, 4]
+        row.filters = filters_of(asked[i, 0], <int64_t>asked[i, 1], asked[i, 2], asked[i, 3], 1)
+    run(len(works), 1, draw_body, &task)
+    token_ids, totals = np.empty(n, np.int64), np.empty(n, np.float64)
+    for i in range(n):
+        token_ids[i], totals[i] = task.rows[i].token_id, task.rows[i].total
+    return token_ids, totals
+
+
+cdef void draw_body(void *context, Worker *worker) noexcept nogil:
+    cdef DrawTask *task = <DrawTask *>context
+    cdef int64_t unit = claim(worker, task.n_row)
+    while unit >= 0:
+        draw_row(<Workspace>task.works[worker.index], &task.rows[unit])
+        unit = claim(worker, task.n_row)
+    sync(worker, task.n_row)
+
+
+cdef void draw_row(Workspace work, Row *row) noexcept nogil:
+    cdef float top = kernels().max(row.x, work.vocab_size)
+    row.total, row.token_id = log_sum_exp(row.x, work.vocab_size), -1
+    if row.total == row.total:
+        if row.filters.temperature == 0.0:
+            row.token_id = first_of(row.x, top)
+        else:
+            row.token_id = work.draw_from(row.x, top, &row.filters, row.uniform)
+
+
+cdef Filters filters_of(double temperature, int64_t top_k, double top_p, double min_p, int64_t n_least) noexcept nogil:
+    cdef Filters f
+    f.temperature, f.top_k, f.top_p, f.min_p, f.n_least = temperature, top_k, top_p, min_p, n_least
+    return f
+
+
+cdef int64_t first_of(const float *x, float value) noexcept nogil:
+    """Where x has a value that it is known to have."""
+    cdef int64_t i = 0
+    while x[i] != value:
+        i += 1
+    return i
 
 
 cdef double inverse(double temperature) noexcept nogil:
