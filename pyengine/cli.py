@@ -149,6 +149,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--length-penalty", type=float, default=1.0, metavar="X", help="of beam search: above 0 favours longer texts"
     )
+    sub.add_argument(
+        "--prompt-lookup-num-tokens",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens ahead from the text so far: the same text, faster where it repeats itself",
+    )
+    sub.add_argument(
+        "--assistant-model", metavar="M", help="a smaller model of the same vocabulary that guesses tokens ahead"
+    )
     sub.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     sub.add_argument("--no-prompt", action="store_true", help="don't print the prompt before its continuation")
     sub.add_argument("--stats", action="store_true", help="print speed, threads and SIMD level on stderr")
@@ -190,13 +199,13 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
 
-def open_model(arguments: argparse.Namespace) -> Model:
-    """The model that the arguments name, with a progress bar on a terminal if it takes long."""
+def open_model(arguments: argparse.Namespace, name: str | None = None) -> Model:
+    """The model that the arguments name, or another one, with a progress bar on a terminal if it takes long."""
     from .model import load
 
     with progress_bar() as progress:
         return load(
-            arguments.model,
+            name or arguments.model,
             dtype=arguments.dtype,
             threads=arguments.threads,
             progress=progress,
@@ -248,9 +257,11 @@ def generate(arguments: argparse.Namespace) -> int:
     prompt = read_text("-").rstrip("\n") if arguments.prompt == "-" else arguments.prompt
     started = time.perf_counter()
     model = open_model(arguments)
-    loaded = time.perf_counter()
     names = ("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    params = {name: getattr(arguments, name) for name in (*names, "stop", "seed", "ignore_eos")}
+    params = {name: getattr(arguments, name) for name in (*names, "stop", "seed", "ignore_eos", "prompt_lookup_num_tokens")}
+    if arguments.assistant_model is not None:
+        params["assistant_model"] = open_model(arguments, arguments.assistant_model)
+    loaded = time.perf_counter()
     beams = arguments.num_beams > 1
     params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
     if beams:

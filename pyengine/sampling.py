@@ -55,6 +55,7 @@ class SamplingParams:
     num_return_sequences: int = 1
     logprobs: int = 0  # alternatives listed with each token's log-probability
     ignore_eos: bool = False  # generate past the model's end of text
+    prompt_lookup_num_tokens: int | None = None  # most tokens that are guessed ahead from the text itself; None: none
 
     def __post_init__(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
@@ -79,13 +80,17 @@ class SamplingParams:
         _integer("logprobs", self.logprobs, 0, MAX_INT)
         if not isinstance(self.ignore_eos, bool):
             raise ArgumentTypeError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
+        if self.prompt_lookup_num_tokens is not None:
+            _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 1, MAX_INT)
         if self.num_beams > 1:
             self._check_beams()
 
     def _check_beams(self) -> None:
         if self.temperature not in (0, 1):
             raise _with_beams("temperature", "0 or unset", self.temperature, self.num_beams)
-        for name, unset in (("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None)):
+        for name, unset in (
+            ("top_k", 0), ("top_p", 1), ("min_p", 0), ("seed", None), ("prompt_lookup_num_tokens", None)
+        ):
             if getattr(self, name) != unset:
                 raise _with_beams(name, f"{unset!r} or unset", getattr(self, name), self.num_beams)
         if self.stop_strings:
@@ -164,16 +169,19 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
-        params, work = self.params, self.work
-        total = work.logsumexp(logits)
-        adjusted = self.penalties.apply(work, logits, self.generated)
-        if params.temperature == 0:
-            token_id = work.argmax(adjusted)
-        else:
-            number = uniform(self.seed, self.sample_index, len(self.generated))
-            token_id = work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
+        total = self.work.logsumexp(logits)
+        token_id = self.choose(logits, self.generated)
         self.generated.append(token_id)
-        return token_logprob(work, logits, total, token_id, params.logprobs)
+        return token_logprob(self.work, logits, total, token_id, self.params.logprobs)
+
+    def choose(self, logits: NDArray[np.float32], generated: array[int]) -> int:
+        """The token that would come after `generated`; nothing is kept of it."""
+        params, work = self.params, self.work
+        adjusted = self.penalties.apply(work, logits, generated)
+        if params.temperature == 0:
+            return work.argmax(adjusted)
+        number = uniform(self.seed, self.sample_index, len(generated))
+        return work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
 
 
 def token_logprob(

@@ -1,7 +1,8 @@
 """The scheduler: many tasks, one executor. It decides whose rows the next step runs.
 
 A task is a text on its way, a beam search, or a text that is scored. Between steps tasks join and leave. A step takes
-first a row of each sequence that decodes, then pieces of prompts, as far as its budget of tokens goes. When the pool
+first a row of each sequence that decodes, then pieces of prompts, as far as its budget of tokens goes, then guesses
+of what comes next, if these are few rows and there are pages for them. When the pool
 has no page left, the youngest task gives its pages back and runs again later; the same bits come out of that, since
 they depend on a sequence's own tokens alone.
 
@@ -27,6 +28,8 @@ from .kv import PAGE, NoPages
 from .prefix import PrefixCounters
 
 Floats = NDArray[np.float32]
+
+DRAFT_ROWS = 12  # most rows of a step with guesses: so many are one stream of weights from memory, more are not
 
 
 class Task(ABC):
@@ -67,6 +70,10 @@ class Task(ABC):
     @abstractmethod
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
+
+    def draft(self, rows: list[Rows], n: int) -> int:
+        """Adds to the rows that it planned, a row for each sequence, at most n tokens that it guesses; how many."""
+        return 0
 
     @property
     @abstractmethod
@@ -164,7 +171,7 @@ class Scheduler:
         What goes wrong with a task ends that task. What goes wrong with the step ends all that were in it.
         """
         self._admit()
-        plan = self._make_room(self._plan())
+        plan = self._draft(self._make_room(self._plan()))
         try:
             self.stepping = [part.task for part in plan]
             if plan:
@@ -209,6 +216,17 @@ class Scheduler:
             n_run = self.executor.max_rows - n_left
             n_left = min(n_left, max(self.step_tokens - n_run, self.step_tokens // 4))
         return plan + [Planned(task, task.plan(n)) for task, n in shares(prompts, n_left)]
+
+    def _draft(self, plan: list[Planned]) -> list[Planned]:
+        """Adds what tasks guess, where the step is small; drops a task that fails at it."""
+        n_left = min(self.step_tokens, self.executor.max_rows, DRAFT_ROWS) - sum(count(part.rows) for part in plan)
+        for part in plan:
+            if n_left > 0 and part.task.decoding:
+                try:
+                    n_left -= part.task.draft(part.rows, n_left)
+                except Exception as error:
+                    part.task.end(error)
+        return [part for part in plan if not part.task.ended]
 
     def _make_room(self, plan: list[Planned]) -> list[Planned]:
         """Reserves the pages of a step. Where there are none, the youngest task pauses; the oldest never has to."""

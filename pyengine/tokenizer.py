@@ -75,6 +75,12 @@ class Tokenizer:
                 backend.pre_tokenizer.add_prefix_space = add
         return cls(backend, vocab_size)
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token → token id."""
+        vocab: dict[str, int] = self._backend.get_vocab()
+        return vocab
+
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
         """The token ids of `text`; none are added before or after.
 
