@@ -257,8 +257,10 @@ def generate(arguments: argparse.Namespace) -> int:
     prompt = read_text("-").rstrip("\n") if arguments.prompt == "-" else arguments.prompt
     started = time.perf_counter()
     model = open_model(arguments)
-    names = ("max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    params = {name: getattr(arguments, name) for name in (*names, "stop", "seed", "ignore_eos", "prompt_lookup_num_tokens")}
+    names: tuple[str, ...] = ("max_new_tokens", "top_k", "top_p", "min_p")
+    names += ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    names += ("stop", "seed", "ignore_eos", "prompt_lookup_num_tokens")
+    params = {name: getattr(arguments, name) for name in names}
     if arguments.assistant_model is not None:
         params["assistant_model"] = open_model(arguments, arguments.assistant_model)
     loaded = time.perf_counter()
@@ -279,9 +281,12 @@ def generate(arguments: argparse.Namespace) -> int:
             times.append(time.perf_counter())
             write(piece.text)
         n, first, decode = len(times), times[0] - loaded, times[-1] - times[0]
+        usage = pieces.request.result().usage
     write("\n")
     if arguments.stats:
         rate = f", {(n - 1) / decode:,.1f} tokens/s" if n > 1 else ""
+        if usage.proposed_tokens:
+            rate += f", {usage.accepted_tokens:,} of {usage.proposed_tokens:,} guesses right"
         print(
             f"prompt of {len(model.token_ids(prompt)):,} tokens, first token after {first:.3f} s; {n:,} tokens{rate}; "
             f"loaded in {loaded - started:.2f} s; {model.dtype}, KV {model.kv_dtype}, "

@@ -98,17 +98,18 @@ class Sample:
         token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.generated, np.int32)])
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
-    def draft(self, rows: Rows, n: int) -> int:
+    def draft(self, rows: Rows, n: int, n_row: int) -> int:
         """Adds at most n guesses to its row, if there are pages for them; how many."""
-        guesses = self.proposer.propose(self.sampler.generated, n) if self.proposer and n > 0 else []
+        guesses = self.proposer.propose(self.sampler.generated, n, n_row) if self.proposer and n > 0 else []
+        if not guesses:
+            return 0
         try:
             self.sequence.reserve(1 + len(guesses), within=True)
         except (NoPages, OutOfMemoryError):
             return 0
-        if guesses:
-            rows.token_ids = np.concatenate([rows.token_ids, np.array(guesses, np.int32)])
-            rows.n_draft = len(guesses)
-            rows.n_logits += len(guesses)
+        rows.token_ids = np.concatenate([rows.token_ids, np.array(guesses, np.int32)])
+        rows.n_draft = len(guesses)
+        rows.n_logits += len(guesses)
         return len(guesses)
 
     def verify(self, ran: Rows, logits: Floats, max_seq_len: int) -> Iterator[Piece]:
@@ -189,6 +190,8 @@ class Generation(Task):
         if job.params.num_beams > 1:
             raise ArgumentError(f"num_beams: expected 1 for sampling, got {job.params.num_beams}")
         super().__init__(job.params.num_return_sequences)
+        self.drafts = job.speculation is not None
+        self.n_position = job.n_position(executor)
         self.executor = executor
         self.job = job
         sampler = Sampler(job.params, work or Workspace(executor.vocab_size), job.prompt_ids)
@@ -224,11 +227,10 @@ class Generation(Task):
                 n -= len(planned[-1].token_ids)
         return planned
 
-    def draft(self, rows: list[Rows], n: int) -> int:
+    def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
         n_left = n
         for sample, row in zip(self._unfinished(), rows, strict=True):
-            n_useful = self.job.n_position(self.executor) - sample.sequence.length - 1
-            n_left -= sample.draft(row, min(n_left, n_useful))
+            n_left -= sample.draft(row, min(n_left, self.n_position - sample.sequence.length - 1), n_row)
         return n - n_left
 
     def advance(self, rows: list[Rows], logits: Floats) -> None:

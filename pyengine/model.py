@@ -285,7 +285,8 @@ class Model:
         prompts = self._prompts(prompt)
         sampling = SamplingParams(**params)
         if prompts is None:
-            return await asyncio.wrap_future(self._submit(self._task(cast("Prompt", prompt), sampling, assistant_model)))
+            task = self._task(cast("Prompt", prompt), sampling, assistant_model)
+            return await asyncio.wrap_future(self._submit(task))
         with self._all(prompts, sampling, assistant_model) as requests:
             return await asyncio.gather(*map(asyncio.wrap_future, requests))
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .completion import Piece
 from .scheduler import Scheduler, Task
@@ -137,7 +137,7 @@ def nothing() -> None:
 class Stream:
     """The pieces of a request, of which nobody else knows: dropping or closing it cancels the request."""
 
-    def __init__(self, request: Request[object]) -> None:
+    def __init__(self, request: Request[Any]) -> None:
         self.request = request
         self._pieces = iter(request)
 

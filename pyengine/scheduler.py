@@ -37,6 +37,7 @@ class Task(ABC):
 
     def __init__(self, n_place: int = 1) -> None:
         self.n_place = n_place  # sequences that it has at most, places in the batch
+        self.drafts = False  # whether it guesses what comes next
         self.called = time.perf_counter()
         self.cancelled = False
         self.ended = False
@@ -71,8 +72,11 @@ class Task(ABC):
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
 
-    def draft(self, rows: list[Rows], n: int) -> int:
-        """Adds to the rows that it planned, a row for each sequence, at most n tokens that it guesses; how many."""
+    def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
+        """Adds to the rows that it planned, a row for each sequence, at most n tokens that it guesses; how many.
+
+        n_row is how many rows the step has without any guesses.
+        """
         return 0
 
     @property
@@ -100,6 +104,7 @@ class Planned:
 
     task: Task
     rows: list[Rows]
+    decoding: bool = False  # they are a row of each of its sequences
 
     @property
     def n_logits(self) -> int:
@@ -211,7 +216,7 @@ class Scheduler:
             rows = task.plan(n_left - n_place + task.n_place)
             n_place -= task.n_place
             n_left -= count(rows)
-            plan.append(Planned(task, rows))
+            plan.append(Planned(task, rows, True))
         if decoding:
             n_run = self.executor.max_rows - n_left
             n_left = min(n_left, max(self.step_tokens - n_run, self.step_tokens // 4))
@@ -219,11 +224,15 @@ class Scheduler:
 
     def _draft(self, plan: list[Planned]) -> list[Planned]:
         """Adds what tasks guess, where the step is small; drops a task that fails at it."""
-        n_left = min(self.step_tokens, self.executor.max_rows, DRAFT_ROWS) - sum(count(part.rows) for part in plan)
-        for part in plan:
-            if n_left > 0 and part.task.decoding:
+        drafting = [part for part in plan if part.decoding and part.task.drafts]
+        if not drafting:
+            return plan
+        n_row = sum(count(part.rows) for part in plan)
+        n_left = min(self.step_tokens, self.executor.max_rows, DRAFT_ROWS) - n_row
+        for part in drafting:
+            if n_left > 0:
                 try:
-                    n_left -= part.task.draft(part.rows, n_left)
+                    n_left -= part.task.draft(part.rows, n_left, n_row)
                 except Exception as error:
                     part.task.end(error)
         return [part for part in plan if not part.task.ended]

@@ -21,7 +21,8 @@ from .kv import NoPages
 from .sampling import Sampler
 
 MARGIN = 1.05  # how much faster it has to be expected: what isn't counted, and chance
-RATE = 1 / 16  # weight of the newest guess in what is known of those before it
+MEMORY = 32  # guesses that what is known of them goes back to
+BELIEF = 4  # guesses that what is believed before any weighs as much as
 
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -31,12 +32,17 @@ class Proposer(ABC):
     """Guesses for one text. Only the thread that steps calls it."""
 
     @abstractmethod
-    def propose(self, generated: array[int], n: int) -> list[int]:
-        """At most n tokens that may come after the prompt and what was generated of the text; none if it won't pay."""
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
+        """At most n tokens that may come after the prompt and what was generated of the text; none if it won't pay.
 
+        n_row is how many rows the step has without any guesses.
+        """
+
+    @abstractmethod
     def observe(self, n_proposed: int, n_accepted: int) -> None:
         """Is told how many of those that it proposed last were right, in a row from the first."""
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what others may need; it can go on."""
 
@@ -54,7 +60,7 @@ class Speculation:
         """What guesses for a text that `sampler` draws."""
         if self.assistant is None:
             return PromptLookup(prompt_ids, self.num_tokens, self.row_cost)
-        return DraftModel(self.assistant, prompt_ids, sampler, self.num_tokens, self.row_cost + self.assistant_cost)
+        return DraftModel(self, self.assistant, prompt_ids, sampler)
 
 
 def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> int:
@@ -74,6 +80,13 @@ def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> int:
     return n
 
 
+def shared(cost: float, row_cost: float, n_row: int) -> float:
+    """The cost of a guess where the step has n_row rows anyway, for as many texts, which all wait for it: in steps of
+    such n_row rows, and n_row times, since what it brings is one token beside n_row.
+    """
+    return n_row * cost / (1 + (n_row - 1) * row_cost)
+
+
 class PromptLookup(Proposer):
     """Guesses that the text goes on as it did the last time that it had the same two or three tokens (Saxena 2023).
 
@@ -84,11 +97,12 @@ class PromptLookup(Proposer):
 
     PAIR, TRIPLE, LONGEST = 2, 3, 9  # tokens that were the same
 
-    def __init__(self, prompt_ids: Ids, num_tokens: int, cost: float) -> None:
-        self.num_tokens, self.cost = num_tokens, cost
+    def __init__(self, prompt_ids: Ids, num_tokens: int, row_cost: float) -> None:
+        self.num_tokens, self.row_cost = num_tokens, row_cost
         self.n_prompt = len(prompt_ids)
         self.text: list[int] = prompt_ids.tolist()
-        self.hits = [0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9]  # by length of what was the same; at first a guess
+        self.hits = [0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9]  # by that length; believed at first
+        self.n_seen = [BELIEF] * len(self.hits)
         self.source = 0  # where in the text the next token is expected to be found; 0: nowhere
         self.n_same = 0  # tokens before it that are the last ones of the text too
         wide = prompt_ids.astype(np.int64)
@@ -98,24 +112,33 @@ class PromptLookup(Proposer):
         self.last = dict(zip(pairs.tolist(), ends, strict=True))
         self.last.update(zip(triples.tolist(), ends[1:], strict=True))
 
-    def propose(self, generated: array[int], n: int) -> list[int]:
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
         for token_id in generated[len(self.text) - self.n_prompt :]:
             self._append(token_id)
         if not self.source:
             return []
-        n = worth(self.hits, self.n_same, self.cost, min(n, self.num_tokens))
+        cost = shared(self.row_cost, self.row_cost, n_row)
+        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens))
         guesses = self.text[self.source : self.source + n]
         period = len(self.text) - self.source
         for i in range(len(guesses), n):  # what it follows has come to the text's end: it goes round
             guesses.append(guesses[i - period])
         return guesses
 
+    def observe(self, n_proposed: int, n_accepted: int) -> None:
+        pass  # it knows from the text
+
+    def close(self) -> None:
+        pass  # it has but the text
+
     def _append(self, token_id: int) -> None:
         text = self.text
         if self.source:
             right = text[self.source] == token_id
             n = min(self.n_same, self.LONGEST)
-            self.hits[n] += (right - self.hits[n]) * RATE
+            self.hits[n] += (right - self.hits[n]) / self.n_seen[n]
+            if self.n_seen[n] < MEMORY:
+                self.n_seen[n] += 1
             self.source = self.source + 1 if right else 0
             self.n_same += 1
         text.append(token_id)
@@ -141,26 +164,28 @@ class DraftModel(Proposer):
     PROBE = 2  # guesses of a try
     PAUSE = 32, 1024  # tokens of the text: the first pause, the longest
 
-    def __init__(self, executor: Executor, prompt_ids: Ids, sampler: Sampler, num_tokens: int, cost: float) -> None:
-        self.executor, self.sampler = executor, sampler
-        self.num_tokens, self.cost = num_tokens, cost
+    def __init__(self, speculation: Speculation, executor: Executor, prompt_ids: Ids, sampler: Sampler) -> None:
+        self.speculation, self.executor, self.sampler = speculation, executor, sampler
         self.n_prompt = len(prompt_ids)
         self.text = array("i", prompt_ids.tolist())
         self.sequence = executor.new_sequence()
         self.n_certain = 0  # positions of the sequence that are known to be the text's
-        self.hits = [0.7]
+        self.hits = [0.5]  # believed at first, but not for long: a wrong guess costs a step of the assistant
+        self.n_seen = 2
         self.pause = self.PAUSE[0]
         self.resume = 0  # the length of text at which it goes on
 
-    def propose(self, generated: array[int], n: int) -> list[int]:
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
         self.text.extend(generated[len(self.text) - self.n_prompt :])
         if len(self.text) < self.resume:
             return []
-        n_worth = worth(self.hits, 0, self.cost, min(n, self.num_tokens))
+        how = self.speculation
+        cost = shared(how.row_cost + how.assistant_cost, how.row_cost, n_row)
+        n_worth = worth(self.hits, 0, cost, min(n, how.num_tokens))
         if n_worth:
             self.pause = self.PAUSE[0]
         else:
-            n_worth = min(self.PROBE, n, self.num_tokens)
+            n_worth = min(self.PROBE, n, how.num_tokens)
             self.resume = len(self.text) + self.pause
             self.pause = min(2 * self.pause, self.PAUSE[1])
         try:
@@ -202,7 +227,8 @@ class DraftModel(Proposer):
 
     def observe(self, n_proposed: int, n_accepted: int) -> None:
         for i in range(min(n_accepted + 1, n_proposed)):
-            self.hits[0] += ((i < n_accepted) - self.hits[0]) * RATE
+            self.hits[0] += ((i < n_accepted) - self.hits[0]) / self.n_seen
+            self.n_seen = min(self.n_seen + 1, MEMORY)
 
     def close(self) -> None:
         self.sequence.close()
