@@ -230,7 +230,8 @@ class Generation(Task):
     def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
         n_left = n
         for sample, row in zip(self._unfinished(), rows, strict=True):
-            n_left -= sample.draft(row, min(n_left, self.n_position - sample.sequence.length - 1), n_row)
+            n_useful = self.n_position - sample.sequence.length - 1
+            n_left -= sample.draft(row, n_useful if n_useful < n_left else n_left, n_row)
         return n - n_left
 
     def advance(self, rows: list[Rows], logits: Floats) -> None:

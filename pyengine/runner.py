@@ -288,7 +288,9 @@ def _before_fork() -> None:
     _forking.extend(_runners)
     for runner in _forking:
         runner.may_step.clear()  # or else its thread would take the lock again before we get it
+    for runner in _forking:
         runner.lock.acquire()
+    for runner in _forking:  # only now: a step that we wait for may take pages of another model, its assistant
         runner.scheduler.executor.pool.lock.acquire()
 
 

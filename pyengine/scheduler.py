@@ -207,8 +207,10 @@ class Scheduler:
             self.live.append(self.waiting.popleft())
 
     def _plan(self) -> list[Planned]:
-        decoding = [task for task in self.live if task.decoding]
-        prompts = [task for task in self.live if not task.decoding]
+        decoding: list[Task] = []
+        prompts: list[Task] = []
+        for task in self.live:
+            (decoding if task.decoding else prompts).append(task)
         n_place = sum(task.n_place for task in decoding)
         plan = []
         n_left = self.executor.max_rows
@@ -227,7 +229,7 @@ class Scheduler:
         drafting = [part for part in plan if part.decoding and part.task.drafts]
         if not drafting:
             return plan
-        n_row = sum(count(part.rows) for part in plan)
+        n_row = sum([count(part.rows) for part in plan])
         n_left = min(self.step_tokens, self.executor.max_rows, DRAFT_ROWS) - n_row
         for part in drafting:
             if n_left > 0:
@@ -313,7 +315,7 @@ def stats(scheduler: Scheduler) -> Stats:
 
 def count(rows: SequenceOf[Rows]) -> int:
     """Tokens of some rows."""
-    return sum(len(one.token_ids) for one in rows)
+    return sum([len(one.token_ids) for one in rows])
 
 
 def shares(tasks: SequenceOf[Task], n: int) -> Iterator[tuple[Task, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -484,6 +485,21 @@ def test_the_prefix_cache_of_a_draft_model_has_no_guesses(model: pyengine.Model,
     text = np.concatenate([prompt, ids(*completion.token_ids)])
     assert completion.usage.accepted_tokens < completion.usage.proposed_tokens
     assert held_by_cache(assistant.executor) <= set(digests(text, PAGE))
+
+
+def test_forks_while_a_draft_model_runs(folder: Path, small: Path) -> None:
+    """A fork waits for the step of the one model, which takes pages of the other."""
+    assistant = pyengine.load(small, dtype="float32", threads=1)  # the older one, whose locks a fork takes first
+    model = pyengine.load(folder, dtype="float32", threads=1)
+    make_cheap(assistant)
+    requests = [model.submit([i], assistant, seed=i, max_new_tokens=140, ignore_eos=True) for i in range(1, 9)]
+    for _ in range(30):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    for i, request in enumerate(requests, 1):
+        assert request.result().token_ids == model.generate([i], seed=i, max_new_tokens=140, ignore_eos=True).token_ids
 
 
 # What can't be asked for.
