@@ -170,6 +170,15 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--regex", metavar="R", help="the text must match this regular expression")
     sub.add_argument("--grammar", metavar="FILE", help="the text must match this grammar, Lark as llguidance takes it")
+    sub.add_argument(
+        "--prompt-lookup-num-tokens",
+        type=int,
+        metavar="N",
+        help="guess up to N tokens ahead from the text so far: the same text, faster where it repeats itself",
+    )
+    sub.add_argument(
+        "--assistant-model", metavar="M", help="a smaller model of the same vocabulary that guesses tokens ahead"
+    )
     sub.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     sub.add_argument("--no-prompt", action="store_true", help="don't print the prompt before its continuation")
     sub.add_argument("--stats", action="store_true", help="print speed, threads and SIMD level on stderr")
@@ -211,13 +220,13 @@ def model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
 
 
-def open_model(arguments: argparse.Namespace) -> Model:
-    """The model that the arguments name, with a progress bar on a terminal if it takes long."""
+def open_model(arguments: argparse.Namespace, name: str | None = None) -> Model:
+    """The model that the arguments name, or another one, with a progress bar on a terminal if it takes long."""
     from .model import load
 
     with progress_bar() as progress:
         return load(
-            arguments.model,
+            name or arguments.model,
             dtype=arguments.dtype,
             threads=arguments.threads,
             progress=progress,
@@ -269,14 +278,16 @@ def generate(arguments: argparse.Namespace) -> int:
     prompt = read_text("-").rstrip("\n") if arguments.prompt == "-" else arguments.prompt
     started = time.perf_counter()
     model = open_model(arguments)
+    assistant = None if arguments.assistant_model is None else open_model(arguments, arguments.assistant_model)
     loaded = time.perf_counter()
     names = ["max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
-    names += ["stop", "seed", "ignore_eos", "do_sample", "regex"]
+    names += ["stop", "seed", "ignore_eos", "do_sample", "regex", "prompt_lookup_num_tokens"]
     names += ["num_beams", "length_penalty", "num_beam_groups", "diversity_penalty"]
     params = {name: getattr(arguments, name) for name in names}
     schema = arguments.json_schema
     params["json_schema"] = schema if schema is None or schema.lstrip().startswith("{") else read_text(schema)
     params["grammar"] = None if arguments.grammar is None else read_text(arguments.grammar)
+    params["assistant_model"] = assistant
     beams = arguments.num_beams > 1
     params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
     if beams:
@@ -293,9 +304,12 @@ def generate(arguments: argparse.Namespace) -> int:
             times.append(time.perf_counter())
             write(piece.text)
         n, first, decode = len(times), times[0] - loaded, times[-1] - times[0]
+        usage = pieces.request.result().usage
     write("\n")
     if arguments.stats:
         rate = f", {(n - 1) / decode:,.1f} tokens/s" if n > 1 else ""
+        if usage.proposed_tokens:
+            rate += f", {usage.accepted_tokens:,} of {usage.proposed_tokens:,} guesses right"
         print(
             f"prompt of {len(model.token_ids(prompt)):,} tokens, first token after {first:.3f} s; {n:,} tokens{rate}; "
             f"loaded in {loaded - started:.2f} s; {model.dtype}, KV {model.kv_dtype}, "

@@ -34,6 +34,8 @@ class Usage:
     time_to_first_token: float  # seconds since the call, waiting for a place in the batch included
     prefill_seconds: float  # from the first chunk of the prompt to the first token
     decode_seconds: float  # from the first token to the last
+    proposed_tokens: int = 0  # that were guessed ahead and run with what was certain (speculation)
+    accepted_tokens: int = 0  # of these, how many the text went on with
 
 
 @dataclass(frozen=True)

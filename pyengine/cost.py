@@ -6,12 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .plan import Attend, Embed, Linear, MatrixSpec, Plan
+from .plan import Attend, Embed, MatrixSpec, Plan
 
 # PE_GROUP, PE_Q4_GROUP and PE_LANES of csrc/kernels.h
 GROUP = 128  # values of an int8 weight's column that share a column sum
 Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
+# Rough speeds of two cores, by which `step_seconds` and `row_seconds` are weighed against each other
+MEMORY_SPEED = 40e9  # bytes read in a second
+CACHE_SPEED = 80e9  # from caches, which a model of CACHE_BYTES fits into
+CACHE_BYTES = 16e6
+OPERATIONS = {"float32": 0.5e12, "bfloat16": 1.0e12, "int8": 1.6e12, "int4": 1.2e12}  # of products, in a second
+OVERHEAD = 30e-6  # seconds of a step, whatever the model
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
 
 
@@ -26,6 +32,8 @@ class Cost:
     block_flops: int  # of the matrix products for a token, without the head; multiplication and addition count each
     head_flops: int  # of the head, for a token whose logits are wanted
     attention_flops_per_position: int  # for a token, times the positions that it looks at
+    step_seconds: float  # of a step of one row, about, on the machine that the README tells of: to weigh things up
+    row_seconds: float  # of each further row, while they are few
 
 
 def default_kv_dtype(dtype: str) -> Literal["float32", "bfloat16"]:
@@ -70,15 +78,19 @@ def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
     read = {op.weight for op in plan.linears()}
     only_looked_up = {op.token_table for op in plan.ops if isinstance(op, Embed)} - read
     head = sum(2 * size[op.weight] for op in plan.linears() if op.out == plan.logits)
+    flops = sum(2 * size[op.weight] for op in plan.linears())
     attend = [op for op in plan.ops if isinstance(op, Attend)]
+    decode_bytes = sum(n for name, n in memory.items() if name not in only_looked_up)
     return Cost(
         n_parameter=sum(size.values()) + vectors,
         weight_bytes=sum(memory.values()) + 4 * vectors,
         kv_bytes_per_token=sum(kv_bytes(op, kv_dtype) for op in attend),
-        decode_bytes=sum(n for name, n in memory.items() if name not in only_looked_up),
-        block_flops=sum(2 * size[op.weight] for op in plan.ops if isinstance(op, Linear)) - head,
+        decode_bytes=decode_bytes,
+        block_flops=flops - head,
         head_flops=head,
         attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
+        step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if decode_bytes <= CACHE_BYTES else MEMORY_SPEED),
+        row_seconds=flops / OPERATIONS[dtype],
     )
 
 

@@ -31,6 +31,7 @@ class Rows:
     sequence: Sequence
     token_ids: npt.NDArray[np.int32]  # [n]
     n_logits: int = 1
+    n_draft: int = 0  # of the last tokens of the sequence then, how many are guesses: see `Sequence.settle`
 
 
 class Executor:
@@ -93,7 +94,7 @@ class Executor:
             tables = [r.sequence.table for r in rows]
             logits: Floats = self._engine.step(token_ids, spans, tables, np.array(picked, np.int32))
             for r in rows:
-                r.sequence.extend(r.token_ids)
+                r.sequence.extend(r.token_ids, r.n_draft)
             return logits
 
     def stop(self) -> None:

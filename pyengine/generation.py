@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from ._native.sampling import Workspace
 from .completion import Completion, FinishReason, Piece, StopMatcher, Usage
 from .constraints import Constraint
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, OutOfMemoryError
 from .executor import Executor, Rows
-from .kv import PAGE, Sequence
+from .kv import PAGE, NoPages, Sequence
 from .sampling import Sampler, SamplingParams, TokenLogprob
 from .scheduler import Floats, Task
+from .speculation import Speculation
 
 Ids = NDArray[np.int32]
 
@@ -45,6 +46,7 @@ class Job:
     stop_ids: frozenset[int] = frozenset()  # token ids that end the text: `SamplingParams.stop_ids`
     tokenizer: Detokenizes | None = None  # without one there is no text
     constraint: Constraint | None = None  # what the text must match, before its first token
+    speculation: Speculation | None = None  # without one nothing is guessed ahead
 
     def check(self, executor: Executor) -> None:
         """Raises `ArgumentError` for what this executor can't do."""
@@ -78,6 +80,8 @@ class Sample:
         self.detokenizer = job.tokenizer.stream() if job.tokenizer else None
         self.matcher = StopMatcher(job.params.stop_strings)
         self.pieces: list[Piece] = []
+        self.proposer = job.speculation.proposer(job.prompt_ids, sampler) if job.speculation else None
+        self.n_proposed = self.n_accepted = 0
 
     def fork(self, index: int) -> Sample:
         """Another sample of the prompt, once that has run."""
@@ -99,8 +103,44 @@ class Sample:
         token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.adjustments.generated, np.int32)])
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
-    def advance(self, logits: Floats, max_seq_len: int) -> Piece:
-        """Chooses the next token, given float32 [vocab_size]."""
+    def draft(self, rows: Rows, n: int, n_row: int) -> int:
+        """Adds at most n guesses to its row, if there are pages for them; how many."""
+        guesses = self.proposer.propose(self.sampler.adjustments.generated, n, n_row) if self.proposer and n > 0 else []
+        if not guesses:
+            return 0
+        try:
+            self.sequence.reserve(1 + len(guesses), within=True)
+        except (NoPages, OutOfMemoryError):
+            return 0
+        rows.token_ids = np.concatenate([rows.token_ids, np.array(guesses, np.int32)])
+        rows.n_draft = len(guesses)
+        rows.n_logits += len(guesses)
+        return len(guesses)
+
+    def verify(self, ran: Rows, logits: Floats, max_seq_len: int) -> Iterator[Piece]:
+        """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed."""
+        certain = self.sequence.length - ran.n_draft
+        for n_accepted, row in enumerate(logits):
+            piece = self.advance(row, certain + n_accepted == max_seq_len)
+            yield piece
+            if self.finished or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
+                break
+        if self.proposer and ran.n_draft:
+            self.sequence.settle(certain + n_accepted)
+            self.proposer.observe(ran.n_draft, n_accepted)
+            self.n_proposed += ran.n_draft
+            self.n_accepted += n_accepted
+        if self.finished:
+            self.close()
+
+    def close(self) -> None:
+        """Gives all pages back; what was in them is to run again, should it go on."""
+        self.sequence.close()
+        if self.proposer:
+            self.proposer.close()
+
+    def advance(self, logits: Floats, full: bool) -> Piece:
+        """Chooses the next token, given float32 [vocab_size]; `full`: the context has no place for it."""
         chosen = self.sampler.sample(logits)
         self.pending = np.array([chosen.token_id], np.int32)
         text = ""
@@ -112,7 +152,7 @@ class Sample:
         if self.sampler.adjustments.complete:
             reason = "stop"
         # A token that is the last needs no place in the context: it never runs.
-        if len(self.pieces) + 1 == self.job.params.max_new_tokens or self.sequence.length == max_seq_len:
+        if len(self.pieces) + 1 == self.job.params.max_new_tokens or full:
             reason = reason or "length"
         if reason and self.detokenizer:
             text += self.matcher.push(self.detokenizer.flush()) + self.matcher.flush()
@@ -140,6 +180,8 @@ class Sample:
                 time_to_first_token=self.first_token - self.called,
                 prefill_seconds=self.first_token - self.started,
                 decode_seconds=self.last_token - self.first_token,
+                proposed_tokens=self.n_proposed,
+                accepted_tokens=self.n_accepted,
             ),
         )
 
@@ -155,6 +197,8 @@ class Generation(Task):
         if job.params.num_beams > 1:
             raise ArgumentError(f"num_beams: expected 1 for sampling, got {job.params.num_beams}")
         super().__init__(job.params.num_return_sequences)
+        self.drafts = job.speculation is not None
+        self.n_position = job.n_position(executor)
         self.executor = executor
         self.job = job
         sampler = job.sampler(work or Workspace(executor.vocab_size))
@@ -190,26 +234,31 @@ class Generation(Task):
                 n -= len(planned[-1].token_ids)
         return planned
 
+    def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
+        n_left = n
+        for sample, row in zip(self._unfinished(), rows, strict=True):
+            n_useful = self.n_position - sample.sequence.length - 1
+            n_left -= sample.draft(row, n_useful if n_useful < n_left else n_left, n_row)
+        return n - n_left
+
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         first = 0
         for sample, ran in zip(list(self._unfinished()), rows, strict=False):
-            sample.pending = sample.pending[len(ran.token_ids) :]
+            sample.pending = sample.pending[len(ran.token_ids) - ran.n_draft :]
             if not ran.n_logits:
                 continue
             if not sample.pieces:
                 self.samples += [sample.fork(i) for i in range(1, self.n_place)]
                 for one in self.samples:
-                    self._advance(one, logits[first])
+                    self._verify(one, ran, logits[first : first + 1])
             else:
-                self._advance(sample, logits[first])
-            first += 1
+                self._verify(sample, ran, logits[first : first + ran.n_logits])
+            first += ran.n_logits
 
-    def _advance(self, sample: Sample, logits: Floats) -> None:
-        piece = sample.advance(logits, self.executor.max_seq_len)
-        if sample.finished:
-            sample.sequence.close()
-        if self.on_piece and sample is self.samples[0]:
-            self.on_piece(piece)
+    def _verify(self, sample: Sample, ran: Rows, logits: Floats) -> None:
+        for piece in sample.verify(ran, logits, self.executor.max_seq_len):
+            if self.on_piece and sample is self.samples[0]:
+                self.on_piece(piece)
 
     @property
     def finished(self) -> bool:
@@ -217,7 +266,7 @@ class Generation(Task):
 
     def pause(self) -> None:
         for sample in self.samples:
-            sample.sequence.close()
+            sample.close()
 
     def completions(self) -> list[Completion]:
         """The finished texts."""

@@ -119,17 +119,30 @@ class Sequence:
             while len(self.pages) * PAGE < self.length + n:
                 self._append(self.pool.take(within))
 
-    def extend(self, token_ids: NDArray[np.int32]) -> None:
-        """Counts the tokens whose keys and values have been stored; full pages go to the prefix cache."""
+    def extend(self, token_ids: NDArray[np.int32], n_draft: int = 0) -> None:
+        """Counts the tokens whose keys and values have been stored; full pages go to the prefix cache.
+
+        The last `n_draft` of all its tokens are guesses, whose pages the cache must not have before `settle`.
+        """
         with self.pool.lock:
             self.token_ids.frombytes(token_ids.tobytes())
-            first = len(self.digests)
-            if self.pool.cache is None or first == self.length // PAGE:
-                return
-            fresh = np.array(self.token_ids[first * PAGE :], np.int32)
-            for index, key in enumerate(digests(fresh, PAGE, self.digests[-1] if first else b""), first):
-                self.digests.append(key)
-                self._share(index, cast("Page", self.pool.cache.put(key, self.pages[index])))
+            self._publish(self.length - n_draft)
+
+    def settle(self, n: int) -> None:
+        """Ends guessing: the first n positions are certain, and all others are forgotten."""
+        with self.pool.lock:
+            self.truncate(n)
+            self._publish(n)
+
+    def _publish(self, n: int) -> None:
+        """Lets the prefix cache have the full pages of the first n positions."""
+        first = len(self.digests)
+        if self.pool.cache is None or first >= n // PAGE:
+            return
+        fresh = np.array(self.token_ids[first * PAGE : n], np.int32)
+        for index, key in enumerate(digests(fresh, PAGE, self.digests[-1] if first else b""), first):
+            self.digests.append(key)
+            self._share(index, cast("Page", self.pool.cache.put(key, self.pages[index])))
 
     def reuse(self, token_ids: NDArray[np.int32]) -> int:
         """Takes the pages that the prefix cache has of the beginning of `token_ids`, never of all of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from .runner import Request, Runner, Stream, wait_all
 from .sampling import LogitsProcessor, SamplingParams
 from .scheduler import Scheduler, Stats, stats
 from .scoring import Logits, Score, Scoring
+from .speculation import Speculation
 from .threads import choose_threads
 from .tokenizer import Tokenizer
 from .weights import load_weights
@@ -43,6 +45,8 @@ from .weights import load_weights
 Prompt = str | SequenceOf[int]
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 KVDtype = Literal["float32", "bfloat16", "int8"]
+
+ASSISTANT_TOKENS = 8  # most that an assistant guesses at a time
 
 # What a checkpoint's folder may hold that is read; nothing else is downloaded.
 FILES = ["*.json", "*.safetensors", "merges.txt"]
@@ -184,11 +188,12 @@ class Model:
         self.plan = self.executor.plan
         self.runner = Runner(scheduler)
         self._work = Workspace(self.plan.vocab_size)  # for the thread that steps
+        self._assistants: weakref.WeakSet[Model] = weakref.WeakSet()  # those that were checked
 
     def __repr__(self) -> str:
         return f"<pyengine.Model {self.plan.model_type}, {self.cost.n_parameter:,} parameters, {self.dtype}>"
 
-    @property
+    @cached_property
     def cost(self) -> Cost:
         """Memory, and the operations and bytes of a token."""
         return cost(self.plan, self.dtype, self.kv_dtype)
@@ -221,6 +226,8 @@ class Model:
         json_schema: dict[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        assistant_model: Model | None = None,
     ) -> Any:
         """Continues a prompt: a str, a list of token ids, or a list of either, which runs as one batch.
 
@@ -230,6 +237,11 @@ class Model:
         must match json_schema, regex or grammar (they need the extra `constrained`) also when nothing more may follow.
         The same seed gives the same text, alone or in a batch. Raises ArgumentError naming the argument, and
         NonFiniteError where the logits can't be used.
+
+        prompt_lookup_num_tokens and assistant_model guess up to so many tokens ahead, which one step then runs: from
+        what the text has said before, or by a smaller model of the same vocabulary. The tokens stay the same to the
+        last bit of their log-probabilities; they come sooner where guesses are right, and where they aren't none are
+        made. `Completion.usage` counts them.
 
         >>> model.generate("It was a dark", max_new_tokens=20, temperature=0.8, seed=1).text
         >>> [c.text for c in model.generate(["One", "Two"], num_beams=4)]
@@ -262,14 +274,15 @@ class Model:
             num_return_sequences=num_return_sequences,
             logprobs=logprobs,
             ignore_eos=ignore_eos,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
         prompts = self._prompts(prompt)
         if prompts is None:
-            return self._submit_one(cast("Prompt", prompt), params).wait()
-        with self._all(prompts, params) as requests:
+            return self._submit_one(cast("Prompt", prompt), params, assistant_model).wait()
+        with self._all(prompts, params, assistant_model) as requests:
             return wait_all(requests)
 
-    def submit(self, prompt: Prompt, **params: Any) -> Request[Any]:
+    def submit(self, prompt: Prompt, assistant_model: Model | None = None, **params: Any) -> Request[Any]:
         """Begins to continue one prompt, and returns at once; takes the arguments of `generate`.
 
         The request is a future: `result()` is what `generate` returns; iterating gives the pieces that `stream` yields.
@@ -278,9 +291,11 @@ class Model:
         >>> requests = [model.submit(prompt, seed=1) for prompt in prompts]
         >>> texts = [request.result().text for request in requests]
         """
-        return self._submit_one(prompt, SamplingParams(**params))
+        return self._submit_one(prompt, SamplingParams(**params), assistant_model)
 
-    async def agenerate(self, prompt: Prompt | SequenceOf[Prompt], **params: Any) -> Any:
+    async def agenerate(
+        self, prompt: Prompt | SequenceOf[Prompt], assistant_model: Model | None = None, **params: Any
+    ) -> Any:
         """`generate` for an event loop, which goes on meanwhile; cancelling the task cancels the request.
 
         >>> completion = await model.agenerate("Once upon a time")
@@ -288,24 +303,26 @@ class Model:
         prompts = self._prompts(prompt)
         sampling = SamplingParams(**params)
         if prompts is None:
-            return await asyncio.wrap_future(self._submit_one(cast("Prompt", prompt), sampling))
-        with self._all(prompts, sampling) as requests:
+            return await asyncio.wrap_future(self._submit_one(cast("Prompt", prompt), sampling, assistant_model))
+        with self._all(prompts, sampling, assistant_model) as requests:
             return await asyncio.gather(*map(asyncio.wrap_future, requests))
 
-    async def astream(self, prompt: Prompt, **params: Any) -> AsyncIterator[Piece]:
+    async def astream(
+        self, prompt: Prompt, assistant_model: Model | None = None, **params: Any
+    ) -> AsyncIterator[Piece]:
         """`stream` for an event loop; leaving the loop cancels the request.
 
         >>> async for piece in model.astream("Once upon a time"):
         ...     print(piece.text, end="", flush=True)
         """
-        request = self._stream(prompt, params)
+        request = self._stream(prompt, params, assistant_model)
         try:
             async for piece in request:
                 yield piece
         finally:
             request.cancel()
 
-    def stream(self, prompt: Prompt, **params: Any) -> Stream:
+    def stream(self, prompt: Prompt, assistant_model: Model | None = None, **params: Any) -> Stream:
         """Continues one prompt and yields each token as it comes; takes the arguments of `generate`, but for beams
         and samples. Closing or dropping the iterator ends the generation.
 
@@ -315,7 +332,7 @@ class Model:
         >>> for piece in model.stream("Once upon a time", seed=1):
         ...     print(piece.text, end="", flush=True)
         """
-        return Stream(self._stream(prompt, params))
+        return Stream(self._stream(prompt, params, assistant_model))
 
     def score(self, text: Prompt, stride: int | None = None) -> Score:
         """How probable a text is: the log-probability of each token given those before it, and the perplexity.
@@ -366,18 +383,22 @@ class Model:
             raise ArgumentTypeError(f"prompt: expected {expected}, got {type(prompt).__name__}") from None
         return None if one else cast("SequenceOf[Prompt]", prompt)
 
-    def _stream(self, prompt: Prompt, params: Mapping[str, Any]) -> Request[Any]:
+    def _stream(
+        self, prompt: Prompt, params: Mapping[str, Any], assistant_model: Model | None = None
+    ) -> Request[Any]:
         sampling = SamplingParams(**params)
         for name in ("num_beams", "num_return_sequences"):
             if getattr(sampling, name) != 1:
                 raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
-        return self._submit_one(prompt, sampling)
+        return self._submit_one(prompt, sampling, assistant_model)
 
     @contextmanager
-    def _all(self, prompts: SequenceOf[Prompt], params: SamplingParams) -> Iterator[list[Request[Any]]]:
+    def _all(
+        self, prompts: SequenceOf[Prompt], params: SamplingParams, assistant_model: Model | None
+    ) -> Iterator[list[Request[Any]]]:
         """The requests of a list, none of which outlives the block: if one fails, the others are cancelled."""
-        constraint = self._constraint(params)
-        tasks = [self._task(one, params, constraint, f"prompt[{i}]") for i, one in enumerate(prompts)]
+        how = self._constraint(params), self._speculation(params, assistant_model)
+        tasks = [self._task(one, params, *how, f"prompt[{i}]") for i, one in enumerate(prompts)]
         requests: list[Request[Any]] = []
         try:
             requests += map(self._submit, tasks)
@@ -402,15 +423,48 @@ class Model:
         params.check_vocab(self.plan.vocab_size)
         return self._vocabulary.compile(name, value, params.stop_ids(self.eos_token_ids))
 
+    def _speculation(self, params: SamplingParams, assistant: Model | None) -> Speculation | None:
+        """How the text of a request is guessed ahead."""
+        num_tokens, row_cost = params.prompt_lookup_num_tokens, self.cost.row_seconds / self.cost.step_seconds
+        if assistant is None:
+            return None if num_tokens is None else Speculation(num_tokens, row_cost)
+        if not isinstance(assistant, Model):
+            raise ArgumentTypeError(f"assistant_model: expected a pyengine.Model, got {assistant!r}")
+        for name, unset in (("num_beams", 1), ("prompt_lookup_num_tokens", None)):
+            if getattr(params, name) != unset:
+                raise ArgumentError(f"assistant_model: expected none with {name}={getattr(params, name)}")
+        if assistant not in self._assistants:
+            self._check_assistant(assistant)
+            self._assistants.add(assistant)
+        share = assistant.cost.step_seconds / self.cost.step_seconds
+        return Speculation(ASSISTANT_TOKENS, row_cost, assistant.executor, share)
+
+    def _check_assistant(self, assistant: Model) -> None:
+        """Raises `ArgumentError` for a model whose tokens are others."""
+        if assistant is self:
+            raise ArgumentError("assistant_model: expected another model than the one that it guesses for")
+        ours, theirs = self.plan.vocab_size, assistant.plan.vocab_size
+        if ours != theirs:
+            raise ArgumentError(f"assistant_model: expected a vocabulary of {ours} tokens (vocab_size), got {theirs}")
+        if self.tokenizer and assistant.tokenizer and self.tokenizer.vocabulary() != assistant.tokenizer.vocabulary():
+            raise ArgumentError("assistant_model: expected the same vocabulary, got a tokenizer with other tokens")
+
     def _task(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, name: str = "prompt"
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        constraint: Constraint | None,
+        speculation: Speculation | None,
+        name: str = "prompt",
     ) -> Generation | BeamGeneration:
         stop_ids = params.stop_ids(self.eos_token_ids)
-        job = Job(self.token_ids(prompt, name), params, stop_ids, self.tokenizer, constraint)
+        job = Job(self.token_ids(prompt, name), params, stop_ids, self.tokenizer, constraint, speculation)
         return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work)
 
-    def _submit_one(self, prompt: Prompt, params: SamplingParams) -> Request[Any]:
-        return self._submit(self._task(prompt, params, self._constraint(params)))
+    def _submit_one(self, prompt: Prompt, params: SamplingParams, assistant_model: Model | None) -> Request[Any]:
+        return self._submit(
+            self._task(prompt, params, self._constraint(params), self._speculation(params, assistant_model))
+        )
 
     def _submit(self, task: Generation | BeamGeneration) -> Request[Any]:
         def result() -> Completion | list[Completion]:

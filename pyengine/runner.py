@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .completion import Piece
 from .errors import ArgumentError
@@ -148,7 +148,7 @@ def wait_all(requests: SequenceOf[Request[T]]) -> list[T]:
 class Stream:
     """The pieces of a request, of which nobody else knows: dropping or closing it cancels the request."""
 
-    def __init__(self, request: Request[object]) -> None:
+    def __init__(self, request: Request[Any]) -> None:
         self.request = request
         self._pieces = iter(request)
 
@@ -304,7 +304,9 @@ def _before_fork() -> None:
     _forking.extend(_runners)
     for runner in _forking:
         runner.may_step.clear()  # or else its thread would take the lock again before we get it
+    for runner in _forking:
         runner.lock.acquire()
+    for runner in _forking:  # only now: a step that we wait for may take pages of another model, its assistant
         runner.scheduler.executor.pool.lock.acquire()
 
 

@@ -90,6 +90,7 @@ class SamplingParams:
     json_schema: dict[str, Any] | str | None = None
     regex: str | None = None
     grammar: str | None = None
+    prompt_lookup_num_tokens: int | None = None  # most tokens that are guessed ahead from the text itself; None: none
 
     def __post_init__(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INT)
@@ -125,6 +126,8 @@ class SamplingParams:
                 if not callable(processor):
                     raise ArgumentTypeError(f"logits_processor: expected {expected}, got {processor!r} in it")
         self._check_constraint()
+        if self.prompt_lookup_num_tokens is not None:
+            _integer("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 1, MAX_INT)
         if self.num_beams > 1:
             self._check_beams()
 
@@ -149,6 +152,10 @@ class SamplingParams:
             if not self.samples and getattr(self, name) != unset:
                 expected = f"{unset!r}, unset or do_sample=True"
                 raise _with_beams(name, expected, getattr(self, name), self.num_beams)
+        if self.prompt_lookup_num_tokens is not None:
+            raise _with_beams(
+                "prompt_lookup_num_tokens", "None or unset", self.prompt_lookup_num_tokens, self.num_beams
+            )
         if self.stop_strings:
             raise _with_beams("stop", "no strings (stop_token_ids can be used)", self.stop, self.num_beams)
         if self.num_return_sequences > self.num_beams:
@@ -313,16 +320,23 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
-        params, work = self.params, self.work
-        total = work.logsumexp(logits)
-        adjusted = self.adjustments.apply(work, logits)
-        if not params.samples:
-            token_id = work.argmax(adjusted)
-        else:
-            number = uniform(self.seed, self.sample_index, len(self.adjustments.generated))
-            token_id = work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
+        total = self.work.logsumexp(logits)
+        token_id = self.choose(logits)
         self.adjustments.append(token_id)
-        return token_logprob(work, logits, total, token_id, params.logprobs)
+        return token_logprob(self.work, logits, total, token_id, self.params.logprobs)
+
+    def choose(self, logits: NDArray[np.float32], guesses: array[int] = NONE) -> int:
+        """The token that would come if `guesses` came before it; nothing is kept of it."""
+        params, work, adjustments = self.params, self.work, self.adjustments
+        if guesses:
+            adjustments = adjustments.fork()
+            for token_id in guesses:
+                adjustments.append(token_id)
+        adjusted = adjustments.apply(work, logits)
+        if not params.samples:
+            return work.argmax(adjusted)
+        number = uniform(self.seed, self.sample_index, len(adjustments.generated))
+        return work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
 
 
 def token_logprob(

@@ -1,7 +1,8 @@
 """The scheduler: many tasks, one executor. It decides whose rows the next step runs.
 
 A task is a text on its way, a beam search, or a text that is scored. Between steps tasks join and leave. A step takes
-first a row of each sequence that decodes, then pieces of prompts, as far as its budget of tokens goes. When the pool
+first a row of each sequence that decodes, then pieces of prompts, as far as its budget of tokens goes, then guesses
+of what comes next, if these are few rows and there are pages for them. When the pool
 has no page left, the youngest task gives its pages back and runs again later; the same bits come out of that, since
 they depend on a sequence's own tokens alone.
 
@@ -28,12 +29,15 @@ from .prefix import PrefixCounters
 
 Floats = NDArray[np.float32]
 
+DRAFT_ROWS = 12  # most rows of a step with guesses: so many are one stream of weights from memory, more are not
+
 
 class Task(ABC):
     """What takes part in steps. Only the thread that steps calls its methods; `cancelled` may be set by any."""
 
     def __init__(self, n_place: int = 1) -> None:
         self.n_place = n_place  # sequences that it has at most, places in the batch
+        self.drafts = False  # whether it guesses what comes next
         self.called = time.perf_counter()
         self.cancelled = False
         self.ended = False
@@ -68,6 +72,13 @@ class Task(ABC):
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
 
+    def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
+        """Adds to the rows that it planned, a row for each sequence, at most n tokens that it guesses; how many.
+
+        n_row is how many rows the step has without any guesses.
+        """
+        return 0
+
     @property
     @abstractmethod
     def finished(self) -> bool:
@@ -93,6 +104,7 @@ class Planned:
 
     task: Task
     rows: list[Rows]
+    decoding: bool = False  # they are a row of each of its sequences
 
     @property
     def n_logits(self) -> int:
@@ -165,7 +177,7 @@ class Scheduler:
         """
         try:
             self._admit()
-            plan = self._make_room(self._plan())
+            plan = self._draft(self._make_room(self._plan()))
         except Exception as error:  # nobody's in particular
             self._end_all(error)
             return
@@ -204,8 +216,10 @@ class Scheduler:
             self.live.append(self.waiting.popleft())
 
     def _plan(self) -> list[Planned]:
-        decoding = [task for task in self.live if task.decoding]
-        prompts = [task for task in self.live if not task.decoding]
+        decoding: list[Task] = []
+        prompts: list[Task] = []
+        for task in self.live:
+            (decoding if task.decoding else prompts).append(task)
         n_place = sum(task.n_place for task in decoding)
         plan = []
         n_left = self.executor.max_rows
@@ -213,11 +227,26 @@ class Scheduler:
             rows = task.plan(n_left - n_place + task.n_place)
             n_place -= task.n_place
             n_left -= count(rows)
-            plan.append(Planned(task, rows))
+            plan.append(Planned(task, rows, True))
         if decoding:
             n_run = self.executor.max_rows - n_left
             n_left = min(n_left, max(self.step_tokens - n_run, self.step_tokens // 4))
         return plan + [Planned(task, task.plan(n)) for task, n in shares(prompts, n_left)]
+
+    def _draft(self, plan: list[Planned]) -> list[Planned]:
+        """Adds what tasks guess, where the step is small; drops a task that fails at it."""
+        drafting = [part for part in plan if part.decoding and part.task.drafts]
+        if not drafting:
+            return plan
+        n_row = sum([count(part.rows) for part in plan])
+        n_left = min(self.step_tokens, self.executor.max_rows, DRAFT_ROWS) - n_row
+        for part in drafting:
+            if n_left > 0:
+                try:
+                    n_left -= part.task.draft(part.rows, n_left, n_row)
+                except Exception as error:
+                    part.task.end(error)
+        return [part for part in plan if not part.task.ended]
 
     def _make_room(self, plan: list[Planned]) -> list[Planned]:
         """Reserves the pages of a step. Where there are none, the youngest task pauses; the oldest never has to."""
@@ -295,7 +324,7 @@ def stats(scheduler: Scheduler) -> Stats:
 
 def count(rows: SequenceOf[Rows]) -> int:
     """Tokens of some rows."""
-    return sum(len(one.token_ids) for one in rows)
+    return sum([len(one.token_ids) for one in rows])
 
 
 def shares(tasks: SequenceOf[Task], n: int) -> Iterator[tuple[Task, int]]:

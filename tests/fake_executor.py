@@ -37,6 +37,10 @@ class FakeSequence:
     def reserve(self, n: int, within: bool) -> None:
         pass
 
+    def settle(self, n: int) -> None:
+        assert n <= self.length
+        del self.token_ids[n:]
+
     def reuse(self, token_ids: Any) -> int:
         assert not self.token_ids
         return 0

@@ -140,6 +140,22 @@ def test_generate_constrained(tmp_path: Path) -> None:
         assert run("generate", "Once", *options) == (0, f"{expected}\n", "")
 
 
+def test_generate_guesses_ahead(tmp_path: Path) -> None:
+    model = pyengine.load("demo", dtype="float32", threads=1)
+    prompt = "one two three four five six seven. " * 4
+    plain = model.generate(prompt, max_new_tokens=30, temperature=0)
+    options = ["--max-new-tokens", "30", "--temperature", "0", "--no-prompt", "--dtype", "float32", "--stats"]
+    code, out, err = run("generate", prompt, *options, "--prompt-lookup-num-tokens", "8")
+    assert (code, out) == (0, f"{plain.text}\n")
+    assert re.search(r"tokens/s, \d+ of \d+ guesses right; loaded", err)
+    code, out, _ = run("generate", prompt, *options, "--assistant-model", "demo")
+    assert (code, out) == (0, f"{plain.text}\n")
+    code, out, err = run("generate", prompt, "--num-beams", "2", "--prompt-lookup-num-tokens", "8")
+    assert (code, out) == (1, "") and "prompt_lookup_num_tokens: expected None" in err
+    code, out, err = run("generate", prompt, "--assistant-model", str(tmp_path / "none"))
+    assert (code, out) == (1, "") and "none" in err
+
+
 def test_help_has_examples() -> None:
     for command in ((), ("generate",), ("bench",), ("info",), ("perplexity",)):
         code, out, err = run(*command, "--help")

@@ -18,7 +18,7 @@ LAYERS = [
     ["plan", "config", "sampling", "cgroup", "prefix"],
     ["architectures", "completion", "cost", "checkpoint", "equalize", "kv", "threads"],
     ["tokenizer", "weights", "executor", "memory"],
-    ["scheduler"],
+    ["scheduler", "speculation"],
     ["generation", "runner"],
     ["beam", "scoring"],
     ["model"],

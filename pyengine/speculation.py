@@ -1,0 +1,235 @@
+"""Speculation: guessing the tokens that come next, so that one step can run them all.
+
+A guess is right if the sampler, given the model's own logits, draws that very token; only then does the text go on with
+it. So guesses change when tokens come, never which (Leviathan et al. 2023; drawing by the position's own random number
+makes it exact for samples too). What they cost is rows: `worth` weighs that against how often guesses were right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import NonFiniteError, OutOfMemoryError, StepStopped
+from .executor import Executor, Rows
+from .kv import NoPages
+from .sampling import Sampler
+
+MARGIN = 1.05  # how much faster it has to be expected: what isn't counted, and chance
+MEMORY = 32  # guesses that what is known of them goes back to
+BELIEF = 4  # guesses that what is believed before any weighs as much as
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+class Proposer(ABC):
+    """Guesses for one text. Only the thread that steps calls it."""
+
+    @abstractmethod
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
+        """At most n tokens that may come after the prompt and what was generated of the text; none if it won't pay.
+
+        n_row is how many rows the step has without any guesses.
+        """
+
+    @abstractmethod
+    def observe(self, n_proposed: int, n_accepted: int) -> None:
+        """Is told how many of those that it proposed last were right, in a row from the first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what others may need; it can go on."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How a model's texts are guessed ahead; costs are in steps of one row."""
+
+    num_tokens: int  # most guesses at a time
+    row_cost: float  # of one more row in a step
+    assistant: Executor | None = None  # that of the model which guesses; without one the text itself is looked up
+    assistant_cost: float = 0.0  # of a token of the assistant
+
+    def proposer(self, prompt_ids: Ids, sampler: Sampler) -> Proposer:
+        """What guesses for a text that `sampler` draws."""
+        if self.assistant is None:
+            return PromptLookup(prompt_ids, self.num_tokens, self.row_cost)
+        return DraftModel(self, self.assistant, prompt_ids, sampler)
+
+
+def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> int:
+    """How many guesses to make, at most n: as long as one more brings more tokens for the time.
+
+    hits[at + i] is how probably guess i is right if those before it are; the last one stands for all that follow. A
+    step of k guesses costs 1 + k cost, and brings 1 + hits[at] + hits[at] hits[at + 1] + … tokens.
+    """
+    best, expected, reached, last = MARGIN, 1.0, 1.0, len(hits) - 1
+    for k in range(1, n + 1):
+        reached *= hits[min(at + k - 1, last)]
+        expected += reached
+        rate = expected / (1 + k * cost)
+        if rate <= best:
+            return k - 1
+        best = rate
+    return n
+
+
+def shared(cost: float, row_cost: float, n_row: int) -> float:
+    """The cost of a guess where the step has n_row rows anyway, for as many texts, which all wait for it: in steps of
+    such n_row rows, and n_row times, since what it brings is one token beside n_row.
+    """
+    return n_row * cost / (1 + (n_row - 1) * row_cost)
+
+
+class PromptLookup(Proposer):
+    """Guesses that the text goes on as it did the last time that it had the same two or three tokens (Saxena 2023).
+
+    It follows what came then, token by token, as long as the text does the same: so it knows of every token whether it
+    would have guessed it, also while it proposes none. How often, by the length of what has been the same, is what it
+    knows of the next.
+    """
+
+    PAIR, TRIPLE, LONGEST = 2, 3, 9  # tokens that were the same
+
+    def __init__(self, prompt_ids: Ids, num_tokens: int, row_cost: float) -> None:
+        self.num_tokens, self.row_cost = num_tokens, row_cost
+        self.n_prompt = len(prompt_ids)
+        self.text: list[int] = prompt_ids.tolist()
+        self.hits = [0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9]  # by that length; believed at first
+        self.n_seen = [BELIEF] * len(self.hits)
+        self.source = 0  # where in the text the next token is expected to be found; 0: nowhere
+        self.n_same = 0  # tokens before it that are the last ones of the text too
+        wide = prompt_ids.astype(np.int64)
+        pairs, ends = wide[:-1] << 20 | wide[1:], range(2, self.n_prompt + 1)
+        triples = (wide[:-2] << 40 | pairs[1:]) + (1 << 62)
+        # Two or three tokens → where they ended last. Ids that don't fit 20 bits could only make for a wrong guess.
+        self.last = dict(zip(pairs.tolist(), ends, strict=True))
+        self.last.update(zip(triples.tolist(), ends[1:], strict=True))
+
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
+        for token_id in generated[len(self.text) - self.n_prompt :]:
+            self._append(token_id)
+        if not self.source:
+            return []
+        cost = shared(self.row_cost, self.row_cost, n_row)
+        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens))
+        guesses = self.text[self.source : self.source + n]
+        period = len(self.text) - self.source
+        for i in range(len(guesses), n):  # what it follows has come to the text's end: it goes round
+            guesses.append(guesses[i - period])
+        return guesses
+
+    def observe(self, n_proposed: int, n_accepted: int) -> None:
+        pass  # it knows from the text
+
+    def close(self) -> None:
+        pass  # it has but the text
+
+    def _append(self, token_id: int) -> None:
+        text = self.text
+        if self.source:
+            right = text[self.source] == token_id
+            n = min(self.n_same, self.LONGEST)
+            self.hits[n] += (right - self.hits[n]) / self.n_seen[n]
+            if self.n_seen[n] < MEMORY:
+                self.n_seen[n] += 1
+            self.source = self.source + 1 if right else 0
+            self.n_same += 1
+        text.append(token_id)
+        if len(text) < self.TRIPLE:
+            return
+        pair = text[-2] << 20 | token_id
+        triple = (text[-3] << 40 | pair) + (1 << 62)
+        if not self.source:
+            self.source, self.n_same = self.last.get(triple, 0), self.TRIPLE
+            if not self.source:
+                self.source, self.n_same = self.last.get(pair, 0), self.PAIR
+        self.last[pair] = self.last[triple] = len(text)
+
+
+class DraftModel(Proposer):
+    """Guesses what another model would say: tokens that the sampler draws from its logits by the same random numbers.
+
+    The model's executor runs here, in the thread that steps. While its guesses don't pay it tries again after pauses
+    that grow.
+    """
+
+    CHUNK = 128  # tokens of the text that it reads at a time
+    PROBE = 2  # guesses of a try
+    PAUSE = 32, 1024  # tokens of the text: the first pause, the longest
+
+    def __init__(self, speculation: Speculation, executor: Executor, prompt_ids: Ids, sampler: Sampler) -> None:
+        self.speculation, self.executor, self.sampler = speculation, executor, sampler
+        self.n_prompt = len(prompt_ids)
+        self.text = array("i", prompt_ids.tolist())
+        self.sequence = executor.new_sequence()
+        self.n_certain = 0  # positions of the sequence that are known to be the text's
+        self.hits = [0.5]  # believed at first, but not for long: a wrong guess costs a step of the assistant
+        self.n_seen = 2
+        self.pause = self.PAUSE[0]
+        self.resume = 0  # the length of text at which it goes on
+
+    def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
+        self.text.extend(generated[len(self.text) - self.n_prompt :])
+        if len(self.text) < self.resume:
+            return []
+        how = self.speculation
+        cost = shared(how.row_cost + how.assistant_cost, how.row_cost, n_row)
+        n_worth = worth(self.hits, 0, cost, min(n, how.num_tokens))
+        if n_worth:
+            self.pause = self.PAUSE[0]
+        else:
+            n_worth = min(self.PROBE, n, how.num_tokens)
+            self.resume = len(self.text) + self.pause
+            self.pause = min(2 * self.pause, self.PAUSE[1])
+        try:
+            return self._guess(n_worth)
+        except (NoPages, OutOfMemoryError, NonFiniteError, StepStopped):
+            self.close()
+            return []
+
+    def _guess(self, n: int) -> list[int]:
+        n = min(n, self.executor.max_seq_len + 1 - len(self.text))  # the last guess doesn't run
+        if n <= 0:
+            return []
+        pending = self._pending()
+        if len(pending) > self.CHUNK:
+            self._step(pending[: self.CHUNK], 0, 0)
+            return []
+        guesses = array("i")
+        while len(guesses) < n:
+            [logits] = self._step(pending, 1, len(guesses))
+            guesses.append(self.sampler.choose(logits, guesses))
+            pending = np.array(guesses[-1:], np.int32)
+        return guesses.tolist()
+
+    def _step(self, token_ids: Ids, n_logits: int, n_draft: int) -> Floats:
+        self.sequence.reserve(len(token_ids), within=True)
+        return self.executor.step([Rows(self.sequence, token_ids, n_logits, n_draft)])
+
+    def _pending(self) -> Ids:
+        """Forgets what it had guessed wrongly; the tokens of the text that aren't in its sequence, at least one."""
+        text, sequence = self.text, self.sequence
+        if sequence.length == 0:
+            self.n_certain = sequence.reuse(np.array(text, np.int32))
+        n = self.n_certain
+        while n < min(sequence.length, len(text) - 1) and sequence.token_ids[n] == text[n]:
+            n += 1
+        sequence.settle(n)
+        self.n_certain = n
+        return np.array(text[n:], np.int32)
+
+    def observe(self, n_proposed: int, n_accepted: int) -> None:
+        for i in range(min(n_accepted + 1, n_proposed)):
+            self.hits[0] += ((i < n_accepted) - self.hits[0]) / self.n_seen
+            self.n_seen = min(self.n_seen + 1, MEMORY)
+
+    def close(self) -> None:
+        self.sequence.close()
+        self.n_certain = 0
