@@ -15,9 +15,10 @@ LANES = 16
 # Rough speeds of two cores, by which `step_seconds` and `row_seconds` are weighed against each other
 MEMORY_SPEED = 40e9  # bytes read in a second
 CACHE_SPEED = 80e9  # from caches, which a model of CACHE_BYTES fits into
-CACHE_BYTES = 16e6
+CACHE_BYTES = 32e6
 OPERATIONS = {"float32": 0.5e12, "bfloat16": 1.0e12, "int8": 1.6e12, "int4": 1.2e12}  # of products, in a second
-OVERHEAD = 30e-6  # seconds of a step, whatever the model
+OVERHEAD = 50e-6  # seconds of a step, whatever the model
+ROW_OVERHEAD = 4e-6  # of a row
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
 
 
@@ -90,7 +91,7 @@ def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
         head_flops=head,
         attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
         step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if decode_bytes <= CACHE_BYTES else MEMORY_SPEED),
-        row_seconds=flops / OPERATIONS[dtype],
+        row_seconds=ROW_OVERHEAD + flops / OPERATIONS[dtype],
     )
 
 

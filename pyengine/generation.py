@@ -125,6 +125,7 @@ class Sample:
             yield piece
             if self.finished or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
                 break
+        self.sampler.drawn.clear()  # for what was guessed wrongly
         if self.proposer and ran.n_draft:
             self.sequence.settle(certain + n_accepted)
             self.proposer.observe(ran.n_draft, n_accepted)
@@ -240,6 +241,13 @@ class Generation(Task):
             n_useful = self.n_position - sample.sequence.length - 1
             n_left -= sample.draft(row, n_useful if n_useful < n_left else n_left, n_row)
         return n - n_left
+
+    def samplers(self, rows: list[Rows], logits: Floats) -> Iterator[tuple[Sampler, Floats]]:
+        first = 0
+        for sample, ran in zip(self._unfinished(), rows, strict=False):
+            if ran.n_logits:
+                yield sample.sampler, logits[first : first + ran.n_logits]
+            first += ran.n_logits
 
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         first = 0

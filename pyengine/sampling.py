@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._native.drawing import uniform
-from ._native.sampling import Workspace
+from ._native.sampling import Workspace, draw_rows
 from .constraints import Constraint
 from .errors import ArgumentError, ArgumentTypeError
 
@@ -243,6 +243,8 @@ class Adjustments:
         self.diversity_penalty = params.diversity_penalty
         self.processors = params.processors
         self.constraint = constraint and constraint.fork()
+        self.penalised = self.factors != (1, 0, 0) or len(bias) > 0
+        self.any = self.penalised or bool(self.processors) or constraint is not None  # whether a row may be changed
 
     def apply(
         self, work: Workspace, logits: NDArray[np.float32], shift: float = 0.0, taken: array[int] = NONE
@@ -251,10 +253,9 @@ class Adjustments:
 
         `taken` are the tokens that other groups of beams chose.
         """
-        penalised = self.factors != (1, 0, 0) or len(self.bias) > 0 or len(taken) > 0
-        if not (penalised or self.processors or self.constraint):
+        if not (self.any or taken):
             return logits
-        if penalised or self.processors or shift:
+        if self.penalised or taken or self.processors or shift:
             logits = work.adjust(
                 logits,
                 shift,
@@ -316,12 +317,15 @@ class Sampler:
         self.work = work
         self.adjustments = Adjustments(params, prompt_ids, constraint)
         self.sample_index = sample_index
+        self.drawn: list[tuple[int, float]] = []  # token ids that `draw_ahead` has found, -1 for none, and logsumexps
         self.seed = params.choose_seed()
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
-        total = self.work.logsumexp(logits)
-        token_id = self.choose(logits)
+        token_id, total = self.drawn.pop(0) if self.drawn else (-1, 0.0)
+        if token_id < 0:
+            total = self.work.logsumexp(logits)
+            token_id = self.choose(logits)
         self.adjustments.append(token_id)
         return token_logprob(self.work, logits, total, token_id, self.params.logprobs)
 
@@ -335,8 +339,35 @@ class Sampler:
         adjusted = adjustments.apply(work, logits)
         if not params.samples:
             return work.argmax(adjusted)
-        number = uniform(self.seed, self.sample_index, len(adjustments.generated))
+        number = self.number(len(adjustments.generated))
         return work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
+
+    def number(self, position: int) -> float:
+        """The random number in [0, 1) of a position of the text."""
+        return uniform(self.seed, self.sample_index, position)
+
+
+def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.float32]]]) -> None:
+    """Draws for many samplers at once, on a thread for each of `works`; `Sampler.sample` takes what it finds.
+
+    A sampler has logits for its next tokens, float32 [n, vocab_size]. Those that adjust their rows are left out, since
+    that has to come first, and in order.
+    """
+    logits: list[NDArray[np.float32]] = []
+    wishes: list[tuple[float, float, float, float, float]] = []
+    plain = [(sampler, rows) for sampler, rows in asked if not sampler.adjustments.any]
+    for sampler, rows in plain:
+        params, position = sampler.params, len(sampler.adjustments.generated)
+        filters = (params.temperature if params.samples else 0.0, params.top_k, params.top_p, params.min_p)
+        for i, row in enumerate(rows):
+            logits.append(row)
+            wishes.append((*filters, sampler.number(position + i) if params.samples else 0.0))
+    if len(logits) < 2:
+        return
+    token_ids, totals = draw_rows(works, logits, np.array(wishes))
+    drawn = zip(token_ids.tolist(), totals.tolist(), strict=True)
+    for sampler, rows in plain:
+        sampler.drawn = [next(drawn) for _ in rows]
 
 
 def token_logprob(

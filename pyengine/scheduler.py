@@ -14,18 +14,20 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._native.sampling import Workspace
 from .completion import Piece
 from .errors import ArgumentError, OutOfMemoryError, StepStopped
 from .executor import Executor, Rows
 from .kv import PAGE, NoPages
 from .prefix import PrefixCounters
+from .sampling import Sampler, draw_ahead
 
 Floats = NDArray[np.float32]
 
@@ -67,6 +69,10 @@ class Task(ABC):
     @abstractmethod
     def plan(self, n: int) -> list[Rows]:
         """Its rows of the next step, at most n tokens, at least one."""
+
+    def samplers(self, rows: list[Rows], logits: Floats) -> Iterable[tuple[Sampler, Floats]]:
+        """Who will draw from which of the logits in `advance`, as far as that is known."""
+        return ()
 
     @abstractmethod
     def advance(self, rows: list[Rows], logits: Floats) -> None:
@@ -127,6 +133,7 @@ class Scheduler:
         self.executor = executor
         self.max_batch = max_batch
         self.step_tokens = step_tokens
+        self.works = [Workspace(executor.vocab_size) for _ in range(executor.threads)]
         self.waiting: deque[Task] = deque()
         self.live: list[Task] = []
         self.stepping: list[Task] = []  # whose rows the engine computes at the moment
@@ -278,12 +285,16 @@ class Scheduler:
 
     def _hand_out(self, plan: list[Planned], logits: Floats) -> None:
         first = 0
+        parts: list[tuple[Planned, Floats]] = []
         for part in plan:
+            parts.append((part, logits[first : first + part.n_logits]))
+            first += part.n_logits
+        draw_ahead(self.works, [one for part, its in parts for one in part.task.samplers(part.rows, its)])
+        for part, its in parts:
             try:
-                part.task.advance(part.rows, logits[first : first + part.n_logits])
+                part.task.advance(part.rows, its)
             except BaseException as error:  # whatever a callable of the user raises is that request's
                 part.task.end(error)
-            first += part.n_logits
 
 
 @dataclass(frozen=True)

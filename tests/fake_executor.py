@@ -72,6 +72,7 @@ class FakeExecutor:
         self.fail_at: int | None = None  # the step that raises `error`
         self.error: BaseException = KeyboardInterrupt()
         self.pool = FakePool()
+        self.threads = 2
 
     def from_table(self, token_ids: list[int]) -> Any:
         return self.table[[self.vocab_size, *token_ids[:-1]], token_ids]

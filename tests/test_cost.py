@@ -62,3 +62,14 @@ def test_bundled_model() -> None:
     assert got.attention_flops_per_position == 6 * 4 * 256  # a multiplication and an addition for each of q k and w v
     assert got.kv_bytes_per_token == 6 * 2 * 256 * 4
     assert cost(plan, "int8", "float32").weight_bytes < 0.3 * got.weight_bytes
+
+
+def test_what_a_row_adds_to_a_step() -> None:
+    """What speculation goes by: a row costs much less than a step where weights come from memory, less so in caches."""
+    demo = cost(plan_of("demo"), "int8", "bfloat16")
+    config = CONFIG | {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    large = {dtype: cost(gpt2.plan(config), dtype, "bfloat16") for dtype in DTYPES}
+    shares = {dtype: one.row_seconds / one.step_seconds for dtype, one in large.items()}
+    assert all(0.02 < share < 0.12 for share in shares.values())
+    assert 0.06 < demo.row_seconds / demo.step_seconds < 0.15
+    assert large["int4"].step_seconds < large["int8"].step_seconds < 0.3 * large["float32"].step_seconds

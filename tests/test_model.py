@@ -229,7 +229,7 @@ def test_without_a_tokenizer(tmp_path: Path, tiny: pyengine.Model) -> None:
     expected = tiny.generate([1, 2], max_new_tokens=5, temperature=0)
     completion = model.generate([1, 2], max_new_tokens=5, temperature=0)
     assert (completion.text, completion.token_ids) == ("", expected.token_ids)
-    assert [piece.text for piece in model.stream([1, 2], max_new_tokens=5)] == [""] * 5
+    assert [piece.text for piece in model.stream([1, 2], max_new_tokens=5, ignore_eos=True)] == [""] * 5
     assert model.generate([1, 2], max_new_tokens=5, num_beams=2).text == ""
     for call in (model.generate, model.stream, model.score, model.logits):
         with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyengine.kv import PAGE, KVPool
 from pyengine.sampling import SamplingParams
 from pyengine.scheduler import Scheduler, Task, shares, stats
 from pyengine.scoring import Logits, Scoring
+from pyengine.speculation import Speculation
 
 N_SCHEDULE = 2500
 CONTEXT = 3 * PAGE + 20
@@ -135,6 +137,7 @@ class Wish:
             num_return_sequences=3 if self.kind in ("samples", "beams") else 1,
         )
         self.job = Job(self.token_ids, params, frozenset([5]))
+        self.guessing = Speculation(6, 0.0) if self.kind.startswith("sample") and seed % 3 == 0 else None
         new_pool(executor, 1000, prefix_cache=False)
         self.alone = self.result(executor, self.run_alone(executor))
 
@@ -143,7 +146,10 @@ class Wish:
             return Scoring(executor, self.token_ids)
         if self.kind == "logits":
             return Logits(executor, self.token_ids)
-        return (BeamGeneration if self.kind == "beams" else Generation)(executor, self.job)
+        if self.kind == "beams":
+            return BeamGeneration(executor, self.job)
+        guessing = self.guessing if executor.pool.cache else None  # not alone
+        return Generation(executor, replace(self.job, speculation=guessing))
 
     def run_alone(self, executor: Executor) -> Task:
         task = self.task(executor)
