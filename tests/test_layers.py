@@ -21,7 +21,7 @@ LAYERS = [
     ["generation", "runner"],
     ["beam", "scoring"],
     ["model"],
-    ["benchmark"],
+    ["benchmark", "batch", "arguments"],
     ["cli"],
     ["__main__"],
 ]
