@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 PEERS ?= .venv-peers
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/isa/* pyengine/_native/*.p[yx]* pyengine/_native/*.h)
 
-.PHONY: demo test check wheel bench bench-peers bench-compare sanitize clean
+.PHONY: demo test check wheel bench bench-peers bench-compare soak sanitize clean
 
 demo: $(STAMP) ## install, and stream a text from the bundled model
 	$(BIN)/pyengine generate "It was a dark and stormy night" --stats
@@ -55,6 +55,9 @@ $(STAMP): $(BIN)/python $(SOURCES)
 $(STAMP)-test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@ $(STAMP)
+
+soak: $(STAMP) ## thousands of requests that are cancelled, dropped, refused: nothing is left of them; minutes
+	$(BIN)/python -m bench.soak
 
 # Heavy, and not part of make test: the suite under gcc's address and undefined behaviour sanitizers; Python 3.11 or newer.
 sanitize:

@@ -19,6 +19,7 @@ from pyengine.architectures import gpt2
 from pyengine.plan import MatrixSpec, VectorSpec
 
 SHAPES = {
+    "tiny": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},  # for what isn't about speed
     "124m": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "124m-4096": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 4096},  # for long prompts
     "355m": {"n_embd": 1024, "n_layer": 24, "n_head": 16},

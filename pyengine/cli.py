@@ -12,47 +12,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pyengine import __version__
 
+from .arguments import TEMPERATURE, parser, sampling_params
 from .errors import ArgumentError, CheckpointFileError, Error
 
 if TYPE_CHECKING:
     from .model import Model
-
-EXAMPLES = {
-    "pyengine": """
-examples:
-  pyengine generate "It was a dark and stormy night"
-  pyengine info --model ./gpt2
-  pyengine generate --help
-""",
-    "generate": """
-examples:
-  pyengine generate "It was a dark and stormy night"
-  pyengine generate "Once upon a time" --model ./gpt2 --dtype float32 --temperature 0 --stats
-  pyengine generate "The year was" --regex " 1[0-9]{3}"
-  echo "Dear Sir," | pyengine generate - --seed 1 > letter.txt
-""",
-    "info": """
-examples:
-  pyengine info
-  pyengine info --model ./gpt2
-""",
-    "bench": """
-examples:
-  pyengine bench
-  pyengine bench --model ./gpt2 --dtype float32 --threads 2
-""",
-    "perplexity": """
-examples:
-  pyengine perplexity book.txt
-  cat book.txt | pyengine perplexity - --model ./gpt2 --dtype float32 --stride 256
-""",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     open_streams()
     arguments = parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
+        code = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return code
     except (Error, MemoryError) as error:
@@ -85,177 +55,34 @@ def open_streams() -> None:
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments of every command."""
-    top = argparse.ArgumentParser(
-        prog="pyengine",
-        description="Transformer language models on CPUs, straight from their Hugging Face checkpoints.",
-        epilog=EXAMPLES["pyengine"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("-V", "--version", action="version", version=f"pyengine {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = command("generate", generate, "continue a text and stream what comes")
-    sub.add_argument("prompt", help="the text to continue; - reads it from stdin")
-    model_arguments(sub)
-    sub.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to generate (default 128)"
-    )
-    sub.add_argument(
-        "--temperature", type=float, default=None, metavar="T", help="0 is greedy (default 0.8; 1 with --num-beams)"
-    )
-    sub.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0: all (default)"
-    )
-    sub.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the most probable tokens of mass P"
-    )
-    sub.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="draw from tokens at least P times as probable as the best",
-    )
-    sub.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: tokens that occurred are less probable",
-    )
-    sub.add_argument(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="taken from the logit of a token that was generated",
-    )
-    sub.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each time it was")
-    sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; can be given several times")
-    sub.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
-    sub.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X", help="of beam search: above 0 favours longer texts"
-    )
-    sub.add_argument(
-        "--num-beam-groups", type=int, default=1, metavar="N", help="divide the beams into N groups (default 1)"
-    )
-    sub.add_argument(
-        "--diversity-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="with groups: taken from a token that a group before chose in the same step",
-    )
-    sub.add_argument(
-        "--do-sample",
-        action=argparse.BooleanOptionalAction,
-        help="draw tokens; with --num-beams it draws what beams compete with (default: draw without beams)",
-    )
-    sub.add_argument(
-        "--json-schema", metavar="S", help="the text must be JSON of this schema: a file, or the schema itself ({...})"
-    )
-    sub.add_argument("--regex", metavar="R", help="the text must match this regular expression")
-    sub.add_argument("--grammar", metavar="FILE", help="the text must match this grammar, Lark as llguidance takes it")
-    sub.add_argument(
-        "--prompt-lookup-num-tokens",
-        type=int,
-        metavar="N",
-        help="guess up to N tokens ahead from the text so far: the same text, faster where it repeats itself",
-    )
-    sub.add_argument(
-        "--assistant-model", metavar="M", help="a smaller model of the same vocabulary that guesses tokens ahead"
-    )
-    sub.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
-    sub.add_argument("--no-prompt", action="store_true", help="don't print the prompt before its continuation")
-    sub.add_argument("--stats", action="store_true", help="print speed, threads and SIMD level on stderr")
-
-    sub = command("bench", bench, "measure prefill and decode beside the limits of this machine")
-    model_arguments(sub)
-    sub.add_argument(
-        "--prompt-tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens of the prompt (default 512, at most the context)",
-    )
-    sub.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
-    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="how often (default 5)")
-
-    sub = command("info", info, "say what this machine can do, and what a model needs")
-    sub.add_argument("--model", metavar="M", help="a folder, a model id of the hub, or demo")
-    sub.add_argument("--threads", type=int, metavar="N", help="number of threads")
-
-    sub = command("perplexity", perplexity, "the perplexity of a text file")
-    sub.add_argument("file", help="a file of UTF-8 text; - reads stdin")
-    model_arguments(sub)
-    sub.add_argument("--stride", type=int, metavar="N", help="windows start N tokens apart (default: half the context)")
-    return top
-
-
-def model_arguments(sub: argparse.ArgumentParser) -> None:
-    """What every command that loads a model takes."""
-    sub.add_argument(
-        "--model", default="demo", metavar="M", help="a folder, a model id of the hub, or demo (the bundled one)"
-    )
-    sub.add_argument("--dtype", default="int8", metavar="D", help="float32, bfloat16, int8 (default) or int4")
-    sub.add_argument(
-        "--kv-dtype",
-        metavar="D",
-        help="what keys and values are kept in: float32 (default with float32), bfloat16 (default else) or int8",
-    )
-    sub.add_argument("--threads", type=int, metavar="N", help="number of threads (default: the CPUs that may be used)")
-
-
-def open_model(arguments: argparse.Namespace, name: str | None = None) -> Model:
-    """The model that the arguments name, or another one, with a progress bar on a terminal if it takes long."""
+def open_model(arguments: argparse.Namespace, **options: Any) -> Model:
+    """The model that the arguments name, with a progress bar if it takes long; `options` go before the arguments."""
     from .model import load
 
-    with progress_bar() as progress:
+    with progress_bar(desc="loading", delay=0.5, unit="B", unit_scale=True, total=1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        names = ("model", "dtype", "threads", "kv_dtype")
         return load(
-            name or arguments.model,
-            dtype=arguments.dtype,
-            threads=arguments.threads,
-            progress=progress,
-            kv_dtype=arguments.kv_dtype,
+            **{name: getattr(arguments, name) for name in names} | options,
+            progress=progress if bar else None,
         )
 
 
 @contextmanager
-def progress_bar(after: float = 0.5) -> Iterator[Callable[[int, int], None] | None]:
-    """What draws a bar on stderr when called with (done, total), once `after` seconds have gone by; None if piped."""
+def progress_bar(**options: Any) -> Iterator[Any]:
+    """A bar of tqdm on stderr while the block runs, wiped away at its end; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    start = time.monotonic()
-    drawn = False
+    from tqdm import tqdm
 
-    def draw(done: int, total: int) -> None:
-        nonlocal drawn
-        if time.monotonic() - start > after:
-            drawn = True
-            filled = 30 * done // max(total, 1)
-            bar = "#" * filled + "." * (30 - filled)
-            print(f"\rloading [{bar}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield draw
-    finally:
-        if drawn:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    tqdm.monitor_interval = 0  # no thread of its own
+    with tqdm(file=sys.stderr, leave=False, dynamic_ncols=True, **options) as bar:
+        yield bar
 
 
 def read_text(source: str) -> str:
@@ -263,14 +90,21 @@ def read_text(source: str) -> str:
     try:
         if source == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        with open(source, "rb") as file:
-            return file.read().decode("utf-8")
+        with open_file(source, "rb") as file:
+            return bytes(file.read()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArgumentError(
             f"{source}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
         ) from None
+
+
+def open_file(path: str, mode: str, buffering: int = -1) -> Any:
+    """The file, opened, stdin for "-"; an error that names it where it can't be."""
+    try:
+        return open(0 if path == "-" else path, mode, buffering, closefd=path != "-")
     except OSError as error:
-        raise CheckpointFileError(f"{source}: expected a readable file, got: {error.strerror}") from None
+        kind = "readable" if mode == "rb" else "writable"
+        raise CheckpointFileError(f"{path}: expected a {kind} file, got: {error.strerror}") from None
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -278,25 +112,17 @@ def generate(arguments: argparse.Namespace) -> int:
     prompt = read_text("-").rstrip("\n") if arguments.prompt == "-" else arguments.prompt
     started = time.perf_counter()
     model = open_model(arguments)
-    assistant = None if arguments.assistant_model is None else open_model(arguments, arguments.assistant_model)
+    params = given_params(arguments)
+    if arguments.assistant_model is not None:
+        params["assistant_model"] = open_model(arguments, model=arguments.assistant_model)
     loaded = time.perf_counter()
-    names = ["max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
-    names += ["stop", "seed", "ignore_eos", "do_sample", "regex", "prompt_lookup_num_tokens"]
-    names += ["num_beams", "length_penalty", "num_beam_groups", "diversity_penalty"]
-    params = {name: getattr(arguments, name) for name in names}
-    schema = arguments.json_schema
-    params["json_schema"] = schema if schema is None or schema.lstrip().startswith("{") else read_text(schema)
-    params["grammar"] = None if arguments.grammar is None else read_text(arguments.grammar)
-    params["assistant_model"] = assistant
-    beams = arguments.num_beams > 1
-    params["temperature"] = (1.0 if beams else 0.8) if arguments.temperature is None else arguments.temperature
-    if beams:
+    if params.get("num_beams", 1) > 1:
         completion = model.generate(prompt, **params)
         write(completion.text if arguments.no_prompt else prompt + completion.text)
         n, usage = len(completion.token_ids), completion.usage
         first, decode = usage.time_to_first_token, usage.decode_seconds
     else:
-        pieces = model.stream(prompt, **params)
+        pieces = model.stream(prompt, **{"temperature": TEMPERATURE} | params)
         if not arguments.no_prompt:
             write(prompt)
         times = []
@@ -317,6 +143,71 @@ def generate(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def given_params(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Model.generate` that were given; what they have in files is read."""
+    params = sampling_params(arguments)
+    if "json_schema" in params and not params["json_schema"].lstrip().startswith("{"):
+        params["json_schema"] = read_text(params["json_schema"])
+    if "grammar" in params:
+        params["grammar"] = read_text(params["grammar"])
+    return params
+
+
+def batch(arguments: argparse.Namespace) -> int:
+    """Runs a batch job, or what is left of it."""
+    from .batch import Job, append, resume, run
+
+    params = given_params(arguments)
+    seed = params.pop("seed", None)
+    # Never closed: that would wait for the thread that reads it, and so for a pipe's next line.
+    source = open_file(arguments.input, "rb")
+    with ExitStack() as files:
+        out = None
+        if arguments.output != "-":
+            # "a" makes the file if there is none; unbuffered, a line is one write.
+            out = files.enter_context(open_file(arguments.output, "ab+", 0))
+            if out.seekable() and os.path.samefile(out.fileno(), source.fileno()):
+                raise ArgumentError(f"{arguments.output}: expected another file than the input, got the same")
+        model = open_model(arguments, max_batch=arguments.max_batch)
+        job = Job(model, params, seed, TEMPERATURE, arguments.token_ids)
+        lines, n_done, n_failed = iter(source), 0, 0
+        if out is not None and out.seekable():
+            if arguments.restart:
+                out.truncate(0)
+            done = resume(job, lines, out)
+            lines, n_done, n_failed = done.rest, done.n_line, done.n_failed
+        bar = files.enter_context(progress_bar(unit="line", initial=n_done, total=n_lines(arguments.input)))
+        started, n_token = time.perf_counter(), 0
+        results = files.enter_context(closing(run(job, lines, n_done)))
+        for result in results:
+            if out is None:
+                write(result.line.decode())
+            else:
+                append(out, result.line)
+            n_done += 1
+            n_failed += result.failed
+            n_token += result.n_token
+            if bar is not None:
+                rate = n_token / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s, {n_failed:,} failed", refresh=False)
+                bar.update()
+    if n_failed:
+        print(f"pyengine: {n_failed:,} of {n_done:,} lines have errors", file=sys.stderr)
+    return int(n_failed > 0)
+
+
+def n_lines(path: str) -> int | None:
+    """Lines of a file, if it can be read twice and somebody will see how many there are."""
+    if not (sys.stderr.isatty() and os.path.isfile(path)):
+        return None
+    n, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            n += block.count(b"\n")
+            last = block[-1:]
+    return n + (last != b"\n")
 
 
 def write(text: str) -> None:
@@ -394,6 +285,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
     print(f"{len(score.token_ids):,} tokens, {-score.logprobs.mean():.4f} nats a token", file=sys.stderr)
     return 0
 
+
+COMMANDS = {"generate": generate, "batch": batch, "bench": bench, "info": info, "perplexity": perplexity}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,31 +7,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from command import COMMAND, environment, run, the_line
 
 import pyengine
-from pyengine.cli import EXAMPLES, main, parser
+from pyengine.arguments import EXAMPLES, parser
+from pyengine.cli import main
 
-COMMAND = [sys.executable, "-m", "pyengine"]
 GREEDY = ("--temperature", "0", "--threads", "2", "--max-new-tokens", "12")
-
-
-def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This one's, with UTF-8 pipes as on any system, no settings of ours and no network."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYENGINE_")}
-    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | dict(changes)
-
-
-def run(*arguments: str, stdin: bytes = b"", **changes: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command that isn't on a terminal."""
-    done = subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, env=environment(changes), timeout=60, check=False
-    )
-    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8").replace("\r\n", "\n")
 
 
 @pytest.fixture
@@ -47,14 +34,6 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return the_line(err)
 
     return run_here
-
-
-def the_line(err: str) -> str:
-    """The error in a stderr that has nothing else."""
-    assert err.startswith("pyengine: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    return err.removeprefix("pyengine: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +136,7 @@ def test_generate_guesses_ahead(tmp_path: Path) -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ((), ("generate",), ("bench",), ("info",), ("perplexity",)):
+    for command in ((), ("generate",), ("batch",), ("bench",), ("info",), ("perplexity",)):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
         assert f"\nexamples:\n  pyengine {command[0] if command else ''}" in out

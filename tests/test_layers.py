@@ -22,7 +22,7 @@ LAYERS = [
     ["generation", "runner"],
     ["beam", "scoring"],
     ["model"],
-    ["benchmark"],
+    ["benchmark", "batch", "arguments"],
     ["cli"],
     ["__main__"],
 ]
