@@ -130,7 +130,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .narrow_bf16 = narrow_bf16,                                                                              \
             .layer_norm = layer_norm,                                                                                \
             .activate = activate,                                                                                    \
-            .softmax_block = softmax_block,                                                                          \
+            .softmax_rows = softmax_rows,                                                                            \
             .softmax_end = softmax_end,                                                                              \
             .softmax = softmax,                                                                                      \
             .max = row_max,                                                                                          \
