@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
-    values_of,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, prefetch_slot, scales_of, store,
+    store_scratch, values_of,
 )
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -208,6 +208,14 @@ cdef Tile part_of(const PageLayout *layout, const Tile *tile, int64_t first, int
     return part
 
 
+cdef inline void reset(float *state, int64_t n) noexcept nogil:
+    """The state of n queries that have met no key."""
+    cdef int64_t i
+    for i in range(GROUP):
+        state[i] = -INFINITY
+    memset(state + GROUP, 0, n * PE_LANES * sizeof(float))
+
+
 cdef void meet(const Attention *a, const Tile *tile, char *keys, int64_t n_first, int64_t step) noexcept nogil:
     """The tile's queries meet a block: the first query sees n_first of its keys, and each next one `step` more."""
     cdef int64_t i = 0
@@ -232,9 +240,8 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     cdef Tile tile = tile_in(layout, scratch), part
     tile.q, tile.stride, tile.n_query = qkv + row * stride + head * d, stride, end - first
     memset(tile.sums, 0, tile.n_query * width * sizeof(float))
-    memset(tile.states, 0, TILE // GROUP * STATE * sizeof(float))
-    for i in range(TILE):
-        tile.states[i // GROUP * STATE + i % GROUP] = -INFINITY
+    for i in range((tile.n_query + GROUP - 1) // GROUP):
+        reset(tile.states + i * STATE, min(<int64_t>GROUP, tile.n_query - i * GROUP))
     for i in range(tile.n_query):
         if layout.dtype == KV_BFLOAT16:
             kernels().narrow_bf16(tile.q + i * stride, d, tile.q_bf16 + i * width)
@@ -246,6 +253,8 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     if then != NULL:
         prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
                  min(<int64_t>PE_PAGE, then.position + 1))
+        prefetch_slot(layout, keys_of(layout, then.pages[then.position // PE_PAGE], a.layer, (head + 1) % a.n_head),
+                      then.position % PE_PAGE)
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them
