@@ -153,15 +153,17 @@ typedef struct pe_kernels {
     /* x = activation(x), n floats in place (written in whole vectors). At most 2 ULP off, 4 where |result| < 1e-30. */
     void (*activate)(pe_activation kind, float *x, int64_t n);
 
-    /* One step of the online softmax (Milakov & Gimelshein 2018) for one query and one block of PE_PAGE scores, of which the
-     * first n are visible, 1 <= n: weights[i] = exp(scale * scores[i] - m'), 0 for i >= n; m' = the maximum so far. `state` is
-     * [max, unused..., sum of weights by lane: 16 floats] = 32 floats; a new row's max is -inf, its sums 0. Returns the decay
-     * exp(m - m') that earlier weights are multiplied with. weights may be scores; or NULL, then they go to `narrow`, in
-     * bfloat16. Sums are those of the weights in float32. */
-    float (*softmax_block)(const float *scores, int64_t n, float scale, float *state, float *weights, uint16_t *narrow);
+    /* One step of the online softmax (Milakov & Gimelshein 2018) for up to PE_LANES queries and one block of PE_PAGE keys, of
+     * which row r sees the first n + r * step, 1 <= n: scores[row][PE_PAGE] become weights, exp(scale * (score - max')), 0 for
+     * those not seen; max' = the maximum so far; scale > 0. `state` is [max by row: PE_LANES floats][a row's sum of weights by
+     * lane: PE_LANES floats] for each row; a new row's max is -inf, its sums 0. decay (whole vectors) gets exp(scale * (max -
+     * max')) of each row, which earlier weights are multiplied with. With `narrow` weights go there, in bfloat16; then they and
+     * their sums are at most 2^-13 off before that rounding, and 0 below 2^-49; `scores` is left undefined. */
+    void (*softmax_rows)(float *scores, int64_t n_row, int64_t n, int64_t step, float scale, float *state, float *decay,
+                         uint16_t *narrow);
 
-    /* out[0..n) *= 1 / (sum of the 16 lanes of state): ends the online softmax. Written in whole vectors. */
-    void (*softmax_end)(const float *state, float *out, int64_t n);
+    /* out[0..n) *= 1 / (sum of the 16 lanes of a row's `sums`): ends the online softmax. Written in whole vectors. */
+    void (*softmax_end)(const float *sums, float *out, int64_t n);
 
     /* y = exp(x - max) / sum of them: the softmax of one row, for those who look inside. */
     void (*softmax)(const float *x, int64_t n, float *y);

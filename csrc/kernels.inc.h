@@ -19,7 +19,7 @@
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
  * vq_sum(&acc, w)     acc += the sum of the 4 weights
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
- *                     vf_store_bf16 (rows.inc.h)
+ *                     vf_store_bf16, vf_store_bf16_normal (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not
  * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
  *                     PE_Q8_ and PE_Q4_ likewise */

@@ -67,15 +67,28 @@
 #define PE_HIDE(p) __asm__("" : "+r"(p))
 #endif
 
-/* Fetches the cache line of p, to be written, or to be read. PE_AHEAD: bytes between a read of weights and what is fetched. */
-#define PE_AHEAD 4096
+/* Fetches the cache line of p, to be written, or to be read; FAR: into the L2 cache alone. PE_AHEAD: bytes between a read of
+ * weights and what is fetched. */
+#define PE_AHEAD 8192
 #if PE_MSVC
 #define PE_PREFETCH_WRITE(p) ((void)0)
 #define PE_PREFETCH(p) ((void)(p))
+#define PE_PREFETCH_FAR(p) ((void)(p))
 #else
 #define PE_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
 #define PE_PREFETCH(p) __builtin_prefetch(p)
+#define PE_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2)
 #endif
+
+/* What a tile `panels` wide asks for. One that is thinner than those for many rows waits for memory: lines on their way to the
+ * L1 cache would take up what its own loads wait in. */
+#define PE_PREFETCH_WEIGHTS(panels, many, p)                                                                         \
+    do {                                                                                                             \
+        if ((panels) < (many))                                                                                       \
+            PE_PREFETCH_FAR(p);                                                                                      \
+        else                                                                                                         \
+            PE_PREFETCH(p);                                                                                          \
+    } while (0)
 
 /* With so few rows, products wait for the weights. One panel after the other is one stream from memory, which comes faster than
  * four. Floats stay with four panels: a single panel's sums, which must go on in order, would wait for each other. */
@@ -130,7 +143,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .narrow_bf16 = narrow_bf16,                                                                              \
             .layer_norm = layer_norm,                                                                                \
             .activate = activate,                                                                                    \
-            .softmax_block = softmax_block,                                                                          \
+            .softmax_rows = softmax_rows,                                                                            \
             .softmax_end = softmax_end,                                                                              \
             .softmax = softmax,                                                                                      \
             .max = row_max,                                                                                          \

@@ -61,8 +61,16 @@ PE_INLINE vi to_bf16(vf x)
 
 PE_INLINE vf from_bf16s(const uint16_t *p) { return vi_bits(vi_shl(vi_load_s16((const int16_t *)p), 16)); }
 
+/* The same of values that are 0 or at least 2^-50, and finite, or NaN whose lower half is 0: what arithmetic makes. */
+PE_INLINE vi normal_to_bf16(vf x)
+{
+    const vi bits = vf_bits(x), odd = vi_and(vi_sra(bits, 16), vi_set(1));
+    return vi_sra(vi_add(bits, vi_add(odd, vi_set(0x7fff))), 16);
+}
+
 #ifndef PE_BF16_DOT
 PE_INLINE void vf_store_bf16(uint16_t *p, vf a) { vi_store_s16((int16_t *)p, to_bf16(a)); }
+PE_INLINE void vf_store_bf16_normal(uint16_t *p, vf a) { vi_store_s16((int16_t *)p, normal_to_bf16(a)); }
 #endif
 
 static void narrow_bf16(const float *x, int64_t n, uint16_t *y)
@@ -111,38 +119,59 @@ static void activate(pe_activation kind, float *x, int64_t n)
     }
 }
 
-static float softmax_block(const float *scores, int64_t n, float scale, float *state, float *weights, uint16_t *narrow)
+/* The largest of the first `visible` of PE_PAGE scores; those behind become -inf. */
+PE_INLINE float visible_max(float *scores, int64_t visible)
 {
     enum { VECTORS = PE_PAGE / PE_LANES };
-    vf s[VECTORS], largest = vf_set(state[0]);
+    vf s[VECTORS];
     PE_UNROLL
-    for (int i = 0; i < VECTORS; i++) {
-        const int64_t visible = n - i * PE_LANES;
-        const int first = (int)(visible < 0 ? 0 : visible > PE_LANES ? PE_LANES : visible);
-        const vf scaled = vf_mul(vf_set(scale), vf_load(scores + i * PE_LANES));
-        s[i] = vf_select(vm_first(first), scaled, vf_set(-INFINITY));
-        largest = vf_max(s[i], largest);
-    }
-    const float max = vf_hmax(largest);
-    float decay[PE_LANES];
-    vf_store(decay, vm_exp_neg(vf_set(state[0] - max)));
-    PE_UNROLL
-    for (int i = 0; i < VECTORS; i++) {
-        s[i] = vm_exp_neg(vf_sub(s[i], vf_set(max)));
-        if (narrow)
-            vf_store_bf16(narrow + i * PE_LANES, s[i]);
-        else
-            vf_store(weights + i * PE_LANES, s[i]);
-    }
-    const vf sum = vf_add(vf_add(s[0], s[1]), vf_add(s[2], s[3]));
-    state[0] = max;
-    vf_store(state + PE_LANES, vf_mad(vf_load(state + PE_LANES), vf_set(decay[0]), sum));
-    return decay[0];
+    for (int i = 0; i < VECTORS; i++)
+        s[i] = vf_load(scores + i * PE_LANES);
+    if (visible < PE_PAGE)
+        PE_UNROLL
+        for (int i = 0; i < VECTORS; i++) {
+            const int64_t left = visible - i * PE_LANES;
+            const int first = (int)(left < 0 ? 0 : left > PE_LANES ? PE_LANES : left);
+            s[i] = vf_select(vm_first(first), s[i], vf_set(-INFINITY));
+            vf_store(scores + i * PE_LANES, s[i]);
+        }
+    return vf_hmax(vf_max(vf_max(s[0], s[1]), vf_max(s[2], s[3])));
 }
 
-static void softmax_end(const float *state, float *out, int64_t n)
+/* Maxima first, of all rows, then exponentials: what one row waits for, others fill, and one exponential gives all decays. */
+static void softmax_rows(float *scores, int64_t n_row, int64_t n, int64_t step, float scale, float *state, float *decay,
+                         uint16_t *narrow)
 {
-    const vf sum = vf_set(vf_sum(vf_load(state + PE_LANES)));
+    enum { VECTORS = PE_PAGE / PE_LANES };
+    PE_ALIGNED float max[PE_LANES];
+    const vf before = vf_load(state), rate = vf_set(narrow ? scale * 0x1.715476p+0f : scale); /* log2(e) */
+    vf_store(max, before);
+    for (int64_t r = 0; r < n_row; r++)
+        max[r] = visible_max(scores + r * PE_PAGE, n + r * step);
+    const vf after = vf_max(before, vf_load(max));
+    vf_store(max, after);
+    vf_store(state, after);
+    vf_store(decay, vm_exp_neg(vf_mul(vf_set(scale), vf_sub(before, after))));
+    for (int64_t r = 0; r < n_row; r++) {
+        const vf largest = vf_set(max[r]);
+        vf w[VECTORS];
+        PE_UNROLL
+        for (int i = 0; i < VECTORS; i++) {
+            const vf x = vf_mul(rate, vf_sub(vf_load(scores + r * PE_PAGE + i * PE_LANES), largest));
+            w[i] = narrow ? vm_exp2_coarse(x) : vm_exp_neg(x);
+            if (narrow)
+                vf_store_bf16_normal(narrow + r * PE_PAGE + i * PE_LANES, w[i]);
+            else
+                vf_store(scores + r * PE_PAGE + i * PE_LANES, w[i]);
+        }
+        float *sums = state + (1 + r) * PE_LANES;
+        vf_store(sums, vf_mad(vf_load(sums), vf_set(decay[r]), vf_add(vf_add(w[0], w[1]), vf_add(w[2], w[3]))));
+    }
+}
+
+static void softmax_end(const float *sums, float *out, int64_t n)
+{
+    const vf sum = vf_set(vf_sum(vf_load(sums)));
     for (int64_t i = 0; i < n; i += PE_LANES)
         vf_store(out + i, vf_div(vf_load(out + i), sum));
 }

@@ -71,7 +71,8 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
     {                                                                                                                \
         for (int64_t done = 0, width; done < n_panel; done += width) {                                               \
             const pe_output to = output_at(out, 0, panel + done);                                                    \
-            if (n_row > PE_##KIND##_STREAM && n_row <= PE_##KIND##_ROWS_4 && n_panel - done >= 4) {                  \
+            if (n_row > PE_##KIND##_STREAM && n_panel - done >= 4 &&                                                 \
+                (n_row <= PE_##KIND##_ROWS_4 || PE_##KIND##_MANY >= 4)) {                                            \
                 width = 4;                                                                                           \
                 rows_##kind##_4(x, n_row, w, panel + done, &to);                                                     \
             } else if (n_row > PE_##KIND##_STREAM && n_panel - done >= 2 &&                                          \

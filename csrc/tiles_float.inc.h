@@ -128,6 +128,11 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
+    const uint16_t *third[4];
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3)
+        third[r / 3] = x->x + r * x->stride;
+    const int64_t stride = x->stride;
     for (int64_t i = 0; i < (x->k + 1) / 2; i++, next += ahead.pace) {
         vb column[4];
         PE_UNROLL
@@ -138,10 +143,15 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            vb value = vb_activations(x->x + r * x->stride + 2 * i);
+            vb value = vb_activations(third[r / 3] + r % 3 * stride);
             PE_UNROLL
             for (int p = 0; p < panels; p++)
                 vb_dot(&acc[r][p], value, column[p]);
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r += 3) {
+            third[r / 3] += 2;
+            PE_HIDE(third[r / 3]);
         }
     }
     PE_UNROLL

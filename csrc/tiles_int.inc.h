@@ -22,7 +22,7 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             column[p] = vq_weights(quads + p * panel_stride);
-            PE_PREFETCH(next + p * panel_stride);
+            PE_PREFETCH_WEIGHTS(panels, PE_Q8_MANY, next + p * panel_stride);
         }
         next += pace;
         PE_UNROLL
@@ -125,7 +125,7 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
-            PE_PREFETCH(next + p * panel_stride + i * pace);
+            PE_PREFETCH_WEIGHTS(panels, PE_Q4_MANY, next + p * panel_stride + i * pace);
             vq_sum(&column_sum[p], low[p]);
             vq_sum(&column_sum[p], high[p]);
         }

@@ -28,11 +28,12 @@ PE_INLINE void vf_store_bf16(uint16_t *p, vf a)
     const vm counts = _mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(0x1p-50f), _CMP_NLT_UQ);
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(counts, a)));
 }
+PE_INLINE void vf_store_bf16_normal(uint16_t *p, vf a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
 
 #define PE_BF16_ROWS_1 12
 #define PE_BF16_ROWS_2 12
 #define PE_BF16_ROWS_4 6
-#define PE_BF16_MANY 2
+#define PE_BF16_MANY 4
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(avx512_bf16, PE_CPU_AVX512 | PE_CPU_AVX512_VNNI | PE_CPU_AVX512_BF16 | PE_CPU_AVX2_FMA, 50)

@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
-    values_of,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, prefetch_slot, scales_of, store,
+    store_scratch, values_of,
 )
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -28,7 +28,8 @@ cdef enum:
     UNITS_PER_THREAD = 16
     TILE = 32  # queries that share a pass over the keys
     STEP = PE_LANES  # of these, as many as meet the keys of their own block together
-    STATE = 2 * PE_LANES
+    GROUP = PE_LANES  # of these, as many as go through the softmax together
+    STATE = (1 + GROUP) * PE_LANES  # what a group's online softmax remembers: maxima, sums of weights
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
 cdef struct Tile:
@@ -39,7 +40,7 @@ cdef struct Tile:
     uint16_t *weights_bf16  # [TILE, 64]
     float *weights  # [TILE, 64]: scores, then the softmax's weights, unless they are in bfloat16
     float *sums  # [TILE, value_width]
-    float *states  # [TILE, STATE]
+    float *states  # [TILE / GROUP, STATE]
     float *decay  # [TILE]
 
 
@@ -47,7 +48,7 @@ cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil:
     """Floats that a thread needs."""
     cdef int64_t narrow = TILE * (layout.value_width + PE_PAGE) if layout.dtype == KV_BFLOAT16 else 0
     cdef int64_t block = PE_PAGE * layout.value_width if layout.dtype == KV_INT8 else 0
-    cdef int64_t floats = TILE * (PE_PAGE + layout.value_width + STATE + 1)
+    cdef int64_t floats = TILE * (PE_PAGE + layout.value_width + 1) + TILE // GROUP * STATE
     return max(store_scratch(layout), block + narrow // 2 + floats)
 
 
@@ -65,7 +66,7 @@ cdef Tile tile_in(const PageLayout *layout, float *scratch) noexcept nogil:
     tile.weights = scratch
     tile.sums = tile.weights + TILE * PE_PAGE
     tile.states = tile.sums + TILE * width
-    tile.decay = tile.states + TILE * STATE
+    tile.decay = tile.states + TILE // GROUP * STATE
     return tile
 
 
@@ -193,7 +194,7 @@ cdef void add_values(const PageLayout *layout, const Tile *tile, char *keys, int
 
 
 cdef Tile part_of(const PageLayout *layout, const Tile *tile, int64_t first, int64_t n) noexcept nogil:
-    """n queries of a tile, from `first` on."""
+    """n queries of a tile, from `first` on, a multiple of GROUP."""
     cdef Tile part = tile[0]
     part.n_query = n
     part.q += first * tile.stride
@@ -202,21 +203,29 @@ cdef Tile part_of(const PageLayout *layout, const Tile *tile, int64_t first, int
         part.weights_bf16 += first * PE_PAGE
     part.weights += first * PE_PAGE
     part.sums += first * layout.value_width
-    part.states += first * STATE
+    part.states += first // GROUP * STATE
     part.decay += first
     return part
 
 
+cdef inline void reset(float *state, int64_t n) noexcept nogil:
+    """The state of n queries that have met no key."""
+    cdef int64_t i
+    for i in range(GROUP):
+        state[i] = -INFINITY
+    memset(state + GROUP, 0, n * PE_LANES * sizeof(float))
+
+
 cdef void meet(const Attention *a, const Tile *tile, char *keys, int64_t n_first, int64_t step) noexcept nogil:
     """The tile's queries meet a block: the first query sees n_first of its keys, and each next one `step` more."""
-    cdef int64_t i
-    cdef float *scores
+    cdef int64_t i = 0
     score(&a.layout, tile, keys, n_first + step * (tile.n_query - 1))
-    for i in range(tile.n_query):
-        scores = tile.weights + i * PE_PAGE
-        tile.decay[i] = kernels().softmax_block(
-            scores, n_first + step * i, a.scale, tile.states + i * STATE, scores if tile.weights_bf16 == NULL else NULL,
+    while i < tile.n_query:
+        kernels().softmax_rows(
+            tile.weights + i * PE_PAGE, min(<int64_t>GROUP, tile.n_query - i), n_first + step * i, step, a.scale,
+            tile.states + i // GROUP * STATE, tile.decay + i,
             tile.weights_bf16 + i * PE_PAGE if tile.weights_bf16 != NULL else NULL)
+        i += GROUP
     add_values(&a.layout, tile, keys, n_first, step)
 
 
@@ -231,9 +240,9 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     cdef Tile tile = tile_in(layout, scratch), part
     tile.q, tile.stride, tile.n_query = qkv + row * stride + head * d, stride, end - first
     memset(tile.sums, 0, tile.n_query * width * sizeof(float))
-    memset(tile.states, 0, tile.n_query * STATE * sizeof(float))
+    for i in range((tile.n_query + GROUP - 1) // GROUP):
+        reset(tile.states + i * STATE, min(<int64_t>GROUP, tile.n_query - i * GROUP))
     for i in range(tile.n_query):
-        tile.states[i * STATE] = -INFINITY
         if layout.dtype == KV_BFLOAT16:
             kernels().narrow_bf16(tile.q + i * stride, d, tile.q_bf16 + i * width)
     for block in range(last_block):
@@ -244,6 +253,8 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     if then != NULL:
         prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
                  min(<int64_t>PE_PAGE, then.position + 1))
+        prefetch_slot(layout, keys_of(layout, then.pages[then.position // PE_PAGE], a.layer, (head + 1) % a.n_head),
+                      then.position % PE_PAGE)
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them
@@ -251,7 +262,7 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
         meet(a, &part, keys_of(layout, segment.pages[last_block], a.layer, kv_head), start + i + 1, 1)
         i += STEP
     for i in range(tile.n_query):
-        kernels().softmax_end(tile.states + i * STATE, tile.sums + i * width, width)
+        kernels().softmax_end(tile.states + i // GROUP * STATE + (1 + i % GROUP) * PE_LANES, tile.sums + i * width, width)
         memcpy(out + (row + i) * out_stride + head * d, tile.sums + i * width, d * sizeof(float))
 
 

@@ -77,7 +77,7 @@ cdef extern from "kernels.h" nogil:
         void (*narrow_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
         void (*layer_norm)(const float *, int64_t, const float *, const float *, float, float *) noexcept nogil
         void (*activate)(pe_activation, float *, int64_t) noexcept nogil
-        float (*softmax_block)(const float *, int64_t, float, float *, float *, uint16_t *) noexcept nogil
+        void (*softmax_rows)(float *, int64_t, int64_t, int64_t, float, float *, float *, uint16_t *) noexcept nogil
         void (*softmax_end)(const float *, float *, int64_t) noexcept nogil
         void (*softmax)(const float *, int64_t, float *) noexcept nogil
         float (*max)(const float *, int64_t) noexcept nogil

@@ -180,16 +180,23 @@ static void rows(void)
         line("exp_sum", n, kind, 0);
     }
     for (int n = 1; n <= PE_PAGE; n++) {
-        float state[2 * PE_LANES] = {-INFINITY};
-        for (int block = 0; block < 3; block++) {
-            fill(x, PE_PAGE, 30, 0);
-            y[PE_PAGE] = level->softmax_block(x, block ? n : PE_PAGE, 0.3f, state, block == 2 ? NULL : y, block == 2 ? halves : NULL);
-            hash_floats(y, PE_PAGE + 1);
-            hash_bytes(halves, block == 2 ? PE_PAGE * 2 : 0);
+        const int n_row = 1 + n % PE_LANES, step = n + n_row - 1 <= PE_PAGE;
+        float state[(1 + PE_LANES) * PE_LANES] = {0}, decay[PE_LANES];
+        for (int i = 0; i < PE_LANES; i++)
+            state[i] = -INFINITY;
+        for (int block = 0; block < 4; block++) {
+            uint16_t *narrow = block >= 2 ? halves : NULL;
+            fill(x, n_row * PE_PAGE, 30, 0);
+            level->softmax_rows(x, n_row, block % 2 ? n : PE_PAGE, block % 2 ? step : 0, 0.3f, state, decay, narrow);
+            if (narrow)
+                hash_bytes(halves, (size_t)n_row * PE_PAGE * 2);
+            else
+                hash_floats(x, n_row * PE_PAGE);
+            hash_floats(decay, n_row);
         }
-        hash_floats(state + PE_LANES, PE_LANES);
-        line("softmax_block", n, 0, 0);
-        level->softmax_end(state, x, n);
+        hash_floats(state + PE_LANES, n_row * PE_LANES);
+        line("softmax_rows", n, n_row, step);
+        level->softmax_end(state + PE_LANES, x, n);
         hash_floats(x, n);
         line("softmax_end", n, 0, 0);
     }
