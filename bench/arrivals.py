@@ -120,6 +120,7 @@ def first_token(model: Model, rounds: int) -> None:
             n_seen = len(steps)
             while sum(n > 16 for _, _, n in steps[n_seen:]) < 2:
                 time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))  # or else it would always come between two steps
             called = time.perf_counter()
             usage = model.submit(prompt(model, rng, 20), max_new_tokens=1, **GREEDY).result().usage
             assert not long.done()
