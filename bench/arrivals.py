@@ -12,7 +12,7 @@ first-token a prompt of 20 tokens is submitted while 16 sequences decode and a p
 ticks       the longest that a thread, which wakes every 10 ms, waits while a prompt of 1,000 tokens runs; and the same
             while nothing runs.
 overhead    the time from one decode step to the next, in `submit`ted requests and in a bare loop of `Executor.step` and
-            an argmax, for 8 and 32 sequences; interleaved, the median of all steps.
+            an argmax, for 8 and 32 sequences; interleaved, compared within each round, the median of its steps.
 batch       a batch job of 128 requests of 32 tokens and 64 new ones, as `pyengine batch` runs it, against the bare loop
             with the same prompts, 32 at a time. Generated tokens by the whole time, prompts and JSON included.
 profile     where the time between steps goes: cProfile in the engine's thread, for 32 sequences.
@@ -120,6 +120,7 @@ def first_token(model: Model, rounds: int) -> None:
             n_seen = len(steps)
             while sum(n > 16 for _, _, n in steps[n_seen:]) < 2:
                 time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))  # or else it would always come between two steps
             called = time.perf_counter()
             usage = model.submit(prompt(model, rng, 20), max_new_tokens=1, **GREEDY).result().usage
             assert not long.done()
@@ -199,27 +200,23 @@ def submitted(model: Model, prompts: list[list[int]], n_new: int, params: dict[s
 def overhead(model: Model, rounds: int) -> None:
     """Requests against a bare loop."""
     for n in (8, 32):
-        ways: dict[str, list[float]] = {"bare": [], "greedy": [], "top_p": []}
-        inside: dict[str, list[float]] = {"greedy": [], "top_p": []}
+        loops: list[float] = []
+        found: dict[str, list[tuple[float, float]]] = {"greedy": [], "top_p": []}  # (a step, between steps) a round
         for i in range(rounds + 1):
             rng = np.random.default_rng(i)
             prompts = [prompt(model, rng, 32) for _ in range(n)]
             n_new = 64 if i else 8
-            found = bare(model, prompts, n_new)
-            ways["bare"] += found if i else []
+            loops.append(1e3 * statistics.median(bare(model, prompts, n_new)))
             for name, params in (("greedy", GREEDY), ("top_p", SAMPLED)):
-                periods, steps = submitted(model, prompts, n_new + n // 4, params)
-                ways[name] += periods if i else []
-                inside[name] += steps if i else []
-        medians = {name: 1e3 * statistics.median(values) for name, values in ways.items()}
-        rate = 1e3 * n / medians["bare"]
-        print(f"{n:>2} sequences, bare loop        {medians['bare']:.2f} ms a step, {rate:,.0f} tokens/s")
-        for name, values in inside.items():
-            between = medians[name] - 1e3 * statistics.median(values)
-            print(
-                f"  requests, {name:<8}           {medians[name]:.2f} ms, {1e3 * n / medians[name]:,.0f} tokens/s, "
-                f"x {medians['bare'] / medians[name]:.3f}; {between:.2f} ms between steps"
-            )
+                periods, inside = submitted(model, prompts, n_new + n // 4, params)
+                between = [period - step for period, step in zip(periods, inside, strict=False)]
+                found[name].append((1e3 * statistics.median(periods), 1e3 * statistics.median(between)))
+        del loops[0]  # the first round is a warm-up
+        print(f"{n:>2} sequences, bare loop        {spread(loops)} ms a step")
+        for name, rows in found.items():
+            ratios = [loop / period for loop, (period, _) in zip(loops, rows[1:], strict=True)]
+            between = [one for _, one in rows[1:]]
+            print(f"  requests, {name:<18} x {spread(ratios, '.3f')} of its speed; {spread(between)} ms between steps")
 
 
 def batch(model: Model, rounds: int) -> None:
