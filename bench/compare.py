@@ -30,7 +30,7 @@ from bench.contender import Contender, Subject, Trouble, fitting, good
 from bench.engines import VARIANTS, WIDTHS
 from bench.metrics import METRICS, TITLES
 from bench.remote import Remote
-from pyengine import model
+from pyengine import loading
 from pyengine.cost import cost
 
 LIMIT_MEGABYTES = 512
@@ -120,16 +120,16 @@ def kept(subjects: list[Subject], arguments: argparse.Namespace) -> Path | None:
 def subjects_of(name: str, work: Path, chosen: list[str]) -> Iterator[Subject]:
     """The checkpoint, and the one of its shape with a longer context if a chosen metric needs that."""
     if name not in random_checkpoint.SHAPES:
-        folder = model.find(name).resolve()
+        folder = loading.find(name).resolve()
         path = zlib.crc32(str(folder).encode())  # tells folders of one name apart
-        yield Subject(folder, work / f"{folder.name}-{path:08x}-files", model.plan_of(folder))
+        yield Subject(folder, work / f"{folder.name}-{path:08x}-files", loading.plan_of(folder))
         return
     shapes = [name]
     if "prefill_4096" in chosen and f"{name}-4096" in random_checkpoint.SHAPES:
         shapes.append(f"{name}-4096")
     for shape in shapes:
         folder = once(work / shape, lambda path, shape=shape: random_checkpoint.write(path, shape))
-        yield Subject(folder, work / f"{shape}-files", model.plan_of(folder))
+        yield Subject(folder, work / f"{shape}-files", loading.plan_of(folder))
 
 
 def rooflines(limits: dict[str, Any], subjects: list[Subject]) -> dict[str, dict[str, float | None]]:

@@ -22,7 +22,8 @@ import numpy as np
 
 import pyengine
 from pyengine._native.sampling import Workspace
-from pyengine.sampling import Adjustments, SamplingParams
+from pyengine.params import SamplingParams
+from pyengine.sampling import Adjustments
 
 PERSON = {
     "type": "object",

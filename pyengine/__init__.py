@@ -20,18 +20,22 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .completion import Completion, Piece, Usage
-    from .model import Model, load
+    from .loading import load
+    from .model import Model
+    from .params import SamplingParams
     from .runner import Request
-    from .sampling import SamplingParams, TokenLogprob
+    from .sampling import TokenLogprob
     from .scoring import Score
 else:
     # Imported when first used: the engine takes a fifth of a second, and can fail, as where PYENGINE_ISA names no SIMD
     # level; the command line, which is in this package, gets the chance to say so in one line.
     _MODULES = {
         "completion": ("Completion", "Piece", "Usage"),
-        "model": ("Model", "load"),
+        "loading": ("load",),
+        "model": ("Model",),
         "runner": ("Request",),
-        "sampling": ("SamplingParams", "TokenLogprob"),
+        "params": ("SamplingParams",),
+        "sampling": ("TokenLogprob",),
         "scoring": ("Score",),
     }
 

@@ -22,8 +22,8 @@ from typing import Any
 from .completion import Completion
 from .errors import ArgumentError, Error
 from .model import Model
+from .params import SamplingParams
 from .runner import Request
-from .sampling import SamplingParams
 
 WINDOW = 8  # times max_batch: lines that are on their way from the input to the output
 PARAMS = {field.name for field in fields(SamplingParams)}

@@ -57,7 +57,7 @@ def open_streams() -> None:
 
 def open_model(arguments: argparse.Namespace, **options: Any) -> Model:
     """The model that the arguments name, with a progress bar if it takes long; `options` go before the arguments."""
-    from .model import load
+    from .loading import load
 
     with progress_bar(desc="loading", delay=0.5, unit="B", unit_scale=True, total=1) as bar:
 
@@ -220,7 +220,7 @@ def info(arguments: argparse.Namespace) -> int:
     from ._native import simd
     from ._native.matmul import DTYPES
     from .cost import KV_BYTES, cost
-    from .model import plan_of
+    from .loading import plan_of
     from .threads import choose_threads
 
     threads = choose_threads(arguments.threads)

@@ -17,7 +17,8 @@ from .constraints import Constraint
 from .errors import ArgumentError, ArgumentTypeError, OutOfMemoryError
 from .executor import Executor, Rows
 from .kv import PAGE, NoPages, Sequence
-from .sampling import Sampler, SamplingParams, TokenLogprob
+from .params import SamplingParams
+from .sampling import Sampler, TokenLogprob
 from .scheduler import Floats, Task
 from .speculation import Speculation
 

@@ -16,7 +16,7 @@ import pyengine
 from pyengine.completion import Completion
 from pyengine.errors import ArgumentError, NonFiniteError
 from pyengine.generation import Generation, Job
-from pyengine.sampling import SamplingParams
+from pyengine.params import SamplingParams
 
 # transformers 5.23, `generate` on a model whose logits are FakeExecutor's table: prompt, eos_token_id, arguments;
 # sequences and sequences_scores.

@@ -21,7 +21,8 @@ from pyengine._native.sampling import Workspace
 from pyengine.beam import Beam, Candidates, Group
 from pyengine.completion import Completion
 from pyengine.generation import Job
-from pyengine.sampling import SamplingParams, TokenLogprob
+from pyengine.params import SamplingParams
+from pyengine.sampling import TokenLogprob
 
 Floats = NDArray[np.float64]
 

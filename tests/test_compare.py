@@ -18,7 +18,7 @@ from bench import check, compare, metrics, report
 from bench.contender import PROCESS_SAMPLES, Contender, Subject, Trouble, fitting
 from bench.metrics import METRICS, Metric
 from bench.remote import Remote
-from pyengine import model
+from pyengine import loading
 from pyengine.cost import cost
 
 if sys.platform == "win32" or getattr(sys.flags, "safe_path", False):
@@ -98,7 +98,7 @@ def test_a_check_that_can_fail() -> None:
 
 
 def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> None:
-    plan = model.plan_of(write_checkpoint(tmp_path))
+    plan = loading.plan_of(write_checkpoint(tmp_path))
     counted = cost(plan, "float32", "float32")
     limits = {"bandwidth": counted.decode_bytes * 100.0, "peak_float32": 1e12, "peak_int8": 1e12}
     one, many = Metric("", 1, 8, 4), Metric("", 8, 8, 4)
@@ -113,7 +113,7 @@ def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> No
 
 def test_a_metric_needs_a_context_that_is_long_enough(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
-    subject = Subject(folder, tmp_path, model.plan_of(folder))
+    subject = Subject(folder, tmp_path, loading.plan_of(folder))
     assert fitting(Metric("", 1, 60, 4), [subject]) is subject
     with pytest.raises(Trouble, match="needs 65 positions, the context has 64"):
         fitting(Metric("", 1, 60, 5), [subject])
@@ -138,7 +138,7 @@ def test_a_worker_stands_still_unless_asked(tmp_path: Path) -> None:
 
 def test_worker_measures_and_checks_our_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
-    subject = Subject(folder, tmp_path / "work", model.plan_of(folder))
+    subject = Subject(folder, tmp_path / "work", loading.plan_of(folder))
     reference = Remote("pyengine", "float32", 1, tmp_path / "reference.log")
     assert reference.ask("load", files=str(folder), threads=1)["seconds"] > 0
     contender = Contender("pyengine", "int8", 1, tmp_path)

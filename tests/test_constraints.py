@@ -20,7 +20,8 @@ from pyengine.completion import Completion
 from pyengine.constraints import Constraint, Vocabulary
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from pyengine.generation import Job
-from pyengine.sampling import Adjustments, SamplingParams
+from pyengine.params import SamplingParams
+from pyengine.sampling import Adjustments
 from pyengine.scheduler import Scheduler
 
 N = 128  # tokens are ASCII characters

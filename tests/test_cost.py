@@ -13,7 +13,7 @@ from pyengine._native.pages import KV_DTYPES, KVLayout
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost, matrix_bytes
-from pyengine.model import plan_of
+from pyengine.loading import plan_of
 from pyengine.plan import MatrixSpec
 from pyengine.weights import load_weights
 

@@ -12,7 +12,7 @@ from fake_executor import FakeExecutor, LetterTokenizer, complete, drive, saying
 from pyengine.completion import Completion, Piece, StopMatcher
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from pyengine.generation import Generation, Job, check_token_ids
-from pyengine.sampling import SamplingParams
+from pyengine.params import SamplingParams
 from pyengine.scheduler import Scheduler
 
 START = np.array([65], np.int32)

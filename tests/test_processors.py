@@ -12,7 +12,8 @@ from fake_executor import FakeExecutor, complete
 from pyengine._native.sampling import Workspace
 from pyengine.errors import ArgumentError, ArgumentTypeError
 from pyengine.generation import Job
-from pyengine.sampling import NONE, Sampler, SamplingParams
+from pyengine.params import SamplingParams
+from pyengine.sampling import NONE, Sampler
 
 PROMPT = np.array([3, 1, 4], np.int32)
 ROW = np.random.default_rng(0).standard_normal(50).astype(np.float32)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import pyengine
 from pyengine.checkpoint import Checkpoint
 from pyengine.equalize import Scales
-from pyengine.model import find
+from pyengine.loading import find
 from pyengine.weights import as_stored, to_float32
 
 N_WINDOW = 8

@@ -11,7 +11,8 @@ from test_sampling import NONE, rows
 
 from pyengine._native.sampling import Workspace
 from pyengine.errors import ArgumentError, ArgumentTypeError
-from pyengine.sampling import Sampler, SamplingParams
+from pyengine.params import SamplingParams
+from pyengine.sampling import Sampler
 
 
 def draws(params: SamplingParams, n: int = 20, sample_index: int = 0) -> list[int]:

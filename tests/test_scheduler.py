@@ -19,7 +19,7 @@ from pyengine.errors import ArgumentError
 from pyengine.executor import Executor
 from pyengine.generation import Generation, Job
 from pyengine.kv import PAGE, KVPool
-from pyengine.sampling import SamplingParams
+from pyengine.params import SamplingParams
 from pyengine.scheduler import Scheduler, Task, shares, stats
 from pyengine.scoring import Logits, Scoring
 from pyengine.speculation import Speculation

@@ -23,8 +23,9 @@ from pyengine.errors import ArgumentError, ArgumentTypeError
 from pyengine.executor import Executor, Rows
 from pyengine.generation import Generation, Job
 from pyengine.kv import PAGE, Sequence
+from pyengine.params import SamplingParams
 from pyengine.prefix import digests
-from pyengine.sampling import Sampler, SamplingParams
+from pyengine.sampling import Sampler
 from pyengine.scheduler import DRAFT_ROWS, Scheduler
 from pyengine.speculation import DraftModel, PromptLookup, Proposer, Speculation, shared, worth
 
