@@ -27,8 +27,7 @@ from ..errors import ArgumentError
 cdef enum:
     UNITS_PER_THREAD = 16
     TILE = 32  # queries that share a pass over the keys
-    STEP = PE_LANES  # of these, as many as meet the keys of their own block together
-    GROUP = PE_LANES  # of these, as many as go through the softmax together
+    GROUP = PE_LANES  # of these, as many as go through the softmax together, and meet the keys of their own block
     STATE = (1 + GROUP) * PE_LANES  # what a group's online softmax remembers: maxima, sums of weights
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
@@ -258,9 +257,9 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them
-        part = part_of(layout, &tile, i, min(<int64_t>STEP, tile.n_query - i))
+        part = part_of(layout, &tile, i, min(<int64_t>GROUP, tile.n_query - i))
         meet(a, &part, keys_of(layout, segment.pages[last_block], a.layer, kv_head), start + i + 1, 1)
-        i += STEP
+        i += GROUP
     for i in range(tile.n_query):
         kernels().softmax_end(tile.states + i // GROUP * STATE + (1 + i % GROUP) * PE_LANES, tile.sums + i * width, width)
         memcpy(out + (row + i) * out_stride + head * d, tile.sums + i * width, d * sizeof(float))
