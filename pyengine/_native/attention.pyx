@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, prefetch_slot, scales_of, store,
-    store_scratch, values_of,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
+    values_of,
 )
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -252,8 +252,6 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     if then != NULL:
         prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
                  min(<int64_t>PE_PAGE, then.position + 1))
-        prefetch_slot(layout, keys_of(layout, then.pages[then.position // PE_PAGE], a.layer, (head + 1) % a.n_head),
-                      then.position % PE_PAGE)
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them
