@@ -128,11 +128,11 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
-    const uint16_t *third[4];
+    const int64_t stride = x->stride;
+    const uint16_t *third[4]; /* as in group_q8 */
     PE_UNROLL
     for (int r = 0; r < rows; r += 3)
-        third[r / 3] = x->x + r * x->stride;
-    const int64_t stride = x->stride;
+        third[r / 3] = x->x + r * stride;
     for (int64_t i = 0; i < (x->k + 1) / 2; i++, next += ahead.pace) {
         vb column[4];
         PE_UNROLL

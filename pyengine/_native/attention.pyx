@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, prefetch_slot, scales_of, store,
-    store_scratch, values_of,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
+    values_of,
 )
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -27,8 +27,7 @@ from ..errors import ArgumentError
 cdef enum:
     UNITS_PER_THREAD = 16
     TILE = 32  # queries that share a pass over the keys
-    STEP = PE_LANES  # of these, as many as meet the keys of their own block together
-    GROUP = PE_LANES  # of these, as many as go through the softmax together
+    GROUP = PE_LANES  # of these, as many as go through the softmax together, and meet the keys of their own block
     STATE = (1 + GROUP) * PE_LANES  # what a group's online softmax remembers: maxima, sums of weights
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
@@ -253,14 +252,12 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     if then != NULL:
         prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
                  min(<int64_t>PE_PAGE, then.position + 1))
-        prefetch_slot(layout, keys_of(layout, then.pages[then.position // PE_PAGE], a.layer, (head + 1) % a.n_head),
-                      then.position % PE_PAGE)
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them
-        part = part_of(layout, &tile, i, min(<int64_t>STEP, tile.n_query - i))
+        part = part_of(layout, &tile, i, min(<int64_t>GROUP, tile.n_query - i))
         meet(a, &part, keys_of(layout, segment.pages[last_block], a.layer, kv_head), start + i + 1, 1)
-        i += STEP
+        i += GROUP
     for i in range(tile.n_query):
         kernels().softmax_end(tile.states + i // GROUP * STATE + (1 + i % GROUP) * PE_LANES, tile.sums + i * width, width)
         memcpy(out + (row + i) * out_stride + head * d, tile.sums + i * width, d * sizeof(float))

@@ -62,11 +62,3 @@ cdef inline void prefetch(const PageLayout *layout, const char *keys, int64_t n)
         pe_prefetch(keys + key_bytes(layout) + panel * 64 * 16 * layout.dtype, n * 16 * layout.dtype)
     if layout.dtype == KV_INT8:
         pe_prefetch(keys + key_bytes(layout) + value_bytes(layout), 2 * 64 * 4)
-
-
-cdef inline void prefetch_slot(const PageLayout *layout, const char *keys, int64_t slot) noexcept nogil:
-    """Asks for the lines where a position is to be stored."""
-    cdef int64_t panel, row = 16 * layout.dtype  # bytes of a panel's row
-    pe_prefetch(keys + slot // 16 * layout.key_width * row, layout.key_width * row)
-    for panel in range(layout.value_width // 16):
-        pe_prefetch(keys + key_bytes(layout) + (panel * 64 + slot // 2 * 2) * row, 2 * row)
