@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .runner import Request
     from .sampling import SamplingParams, TokenLogprob
     from .scoring import Score
+    from .state import State
 else:
     # Imported when first used: the engine takes a fifth of a second, and can fail, as where PYENGINE_ISA names no SIMD
     # level; the command line, which is in this package, gets the chance to say so in one line.
@@ -33,6 +34,7 @@ else:
         "runner": ("Request",),
         "sampling": ("SamplingParams", "TokenLogprob"),
         "scoring": ("Score",),
+        "state": ("State",),
     }
 
     def __getattr__(name):
@@ -61,6 +63,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Score",
+    "State",
     "TokenLogprob",
     "Usage",
     "load",

@@ -18,6 +18,7 @@ from .executor import Executor, Rows
 from .kv import PAGE, Sequence
 from .sampling import Sampler, SamplingParams, TokenLogprob
 from .scheduler import Floats, Task
+from .window import Window
 
 Ids = NDArray[np.int32]
 
@@ -43,6 +44,7 @@ class Job:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()  # token ids that end the text: `SamplingParams.stop_ids`
     tokenizer: Detokenizes | None = None  # without one there is no text
+    window: Window | None = None  # what the model sees of a text that has no end
 
     def check(self, executor: Executor) -> None:
         """Raises `ArgumentError` for what this executor can't do."""
@@ -53,10 +55,13 @@ class Job:
         self.params.check_vocab(executor.vocab_size)
         if self.params.stop_strings and self.tokenizer is None:
             raise ArgumentError(f"stop: expected no strings without a tokenizer, got {self.params.stop!r}")
+        if self.window and self.params.num_beams > 1:
+            raise ArgumentError(f"num_beams: expected 1 with a window, got {self.params.num_beams}")
 
     def n_position(self, executor: Executor) -> int:
         """Positions that one text can come to have: the last token never runs."""
-        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, executor.max_seq_len)
+        most = self.window.size if self.window else executor.max_seq_len
+        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, most)
 
 
 class Sample:
@@ -92,6 +97,8 @@ class Sample:
     def restart(self) -> None:
         """Goes on from what its sequence has, or else the prefix cache, of its tokens; all others are pending."""
         token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.generated, np.int32)])
+        if self.job.window:
+            token_ids = self.job.window.seen(token_ids)
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
     def advance(self, logits: Floats, max_seq_len: int) -> Piece:
@@ -105,7 +112,9 @@ class Sample:
         elif self.detokenizer:
             text = self.matcher.push(self.detokenizer.push(chosen.token_id))
         # A token that is the last needs no place in the context: it never runs.
-        if len(self.pieces) + 1 == self.job.params.max_new_tokens or self.sequence.length == max_seq_len:
+        window = self.job.window
+        full = self.sequence.length == (window.size if window else max_seq_len)
+        if len(self.pieces) + 1 == self.job.params.max_new_tokens or (full and not window):
             reason = reason or "length"
         if reason and self.detokenizer:
             text += self.matcher.push(self.detokenizer.flush()) + self.matcher.flush()
@@ -116,6 +125,9 @@ class Sample:
             self.first_token = self.last_token
         piece = Piece(text, chosen.token_id, chosen.logprob, chosen.top, reason)
         self.pieces.append(piece)
+        if full and not self.finished:
+            self.sequence.close()
+            self.restart()
         return piece
 
     def completion(self) -> Completion:
@@ -140,10 +152,13 @@ class Sample:
 class Generation(Task):
     """A prompt and its num_return_sequences samples, which share the pages of the prompt.
 
-    `work` is scratch memory for the thread that steps.
+    `work` is scratch memory for the thread that steps. `sequence` has run the beginning of the prompt already, not all
+    of it; it is the task's from then on.
     """
 
-    def __init__(self, executor: Executor, job: Job, work: Workspace | None = None) -> None:
+    def __init__(
+        self, executor: Executor, job: Job, work: Workspace | None = None, sequence: Sequence | None = None
+    ) -> None:
         job.check(executor)
         if job.params.num_beams > 1:
             raise ArgumentError(f"num_beams: expected 1 for sampling, got {job.params.num_beams}")
@@ -151,7 +166,7 @@ class Generation(Task):
         self.executor = executor
         self.job = job
         sampler = Sampler(job.params, work or Workspace(executor.vocab_size), job.prompt_ids)
-        self.samples = [Sample(job, executor.new_sequence(), sampler, self.called)]
+        self.samples = [Sample(job, sequence or executor.new_sequence(), sampler, self.called)]
 
     def start(self) -> None:
         for sample in self._unfinished():
