@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runner import Request
     from .sampling import TokenLogprob
     from .scoring import Score
+    from .state import State
 else:
     # Imported when first used: the engine takes a fifth of a second, and can fail, as where PYENGINE_ISA names no SIMD
     # level; the command line, which is in this package, gets the chance to say so in one line.
@@ -37,6 +38,7 @@ else:
         "params": ("SamplingParams",),
         "sampling": ("TokenLogprob",),
         "scoring": ("Score",),
+        "state": ("State",),
     }
 
     def __getattr__(name):
@@ -65,6 +67,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Score",
+    "State",
     "TokenLogprob",
     "Usage",
     "load",

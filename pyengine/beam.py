@@ -163,10 +163,13 @@ class BeamGeneration(Task):
     """A prompt and the search for its num_return_sequences best texts, the best first, with their scores.
 
     What ends a text: `job.stop_ids`, a constraint that lets nothing follow, max_new_tokens or the end of the context.
-    There are fewer texts where the constraint allows fewer. All beams are in one step.
+    There are fewer texts where the constraint allows fewer. All beams are in one step. `sequence` is
+    as in `Generation`.
     """
 
-    def __init__(self, executor: Executor, job: Job, work: Workspace | None = None) -> None:
+    def __init__(
+        self, executor: Executor, job: Job, work: Workspace | None = None, sequence: Sequence | None = None
+    ) -> None:
         job.check(executor)
         params, n_prompt = job.params, len(job.prompt_ids)
         super().__init__(params.num_beams)
@@ -178,7 +181,7 @@ class BeamGeneration(Task):
             most = min(executor.vocab_size * params.num_beams // self.search.n_candidates, executor.max_rows)
             raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
         self.candidates = Candidates(job, self.work)
-        self.sequences = [executor.new_sequence()]
+        self.sequences = [sequence or executor.new_sequence()]
         self.pending = [job.prompt_ids]  # of each beam, the tokens whose keys and values aren't stored yet
         self.logits: dict[int, Floats] = {}  # of the beams that have run their last token
         self.searching = True
@@ -190,7 +193,7 @@ class BeamGeneration(Task):
         for i, (sequence, beam) in enumerate(zip(self.sequences, self.search.beams, strict=False)):
             generated = np.array([token.token_id for token in beam.tokens], np.int32)
             token_ids = np.concatenate([self.job.prompt_ids, generated])
-            self.pending[i] = token_ids[sequence.reuse(token_ids) :]
+            self.pending[i] = token_ids[sequence.length or sequence.reuse(token_ids) :]
         if not self.search.beams[0].tokens:
             self.started = time.perf_counter()
 

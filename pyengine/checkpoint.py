@@ -155,12 +155,13 @@ class TensorInfo:
         return f"{self.path}: tensor {show(self.name)}"
 
 
-class _WeightsFile:
+class SafetensorsFile:
     """An open safetensors file that any thread may read from."""
 
     def __init__(self, path: Path, file: io.FileIO) -> None:
         self.path = path
         self.file = file
+        self.metadata: dict[str, str] = {}  # as `read_header` has found it
         self.lock = threading.Lock()
 
     def read_into(self, out: memoryview, offset: int, what: object) -> None:
@@ -201,6 +202,7 @@ class _WeightsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError(f"{self.path}: __metadata__: expected an object of strings, got {show(metadata)}")
+        self.metadata = metadata
 
         tensors = [_tensor(self.path, name, entry, 8 + length) for name, entry in header.items()]
         end = 8 + length
@@ -247,7 +249,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], files: dict[Path, _WeightsFile]
+        self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], files: dict[Path, SafetensorsFile]
     ) -> None:
         self.folder = folder
         self.config = config
@@ -274,12 +276,12 @@ class Checkpoint:
                 f"{folder / CONFIG}: quantization_config: expected none, got {show(quantization)}: "
                 "pyengine quantises full-precision weights itself"
             )
-        files: dict[Path, _WeightsFile] = {}
+        files: dict[Path, SafetensorsFile] = {}
         tensors: dict[str, TensorInfo] = {}
         with ExitStack() as opened:
             for name, promised in _shards(folder).items():
                 path = folder / name
-                files[path] = _WeightsFile(path, opened.enter_context(open_file(folder, name)))
+                files[path] = SafetensorsFile(path, opened.enter_context(open_file(folder, name)))
                 held = files[path].read_header()
                 if lost := promised - held.keys():
                     raise CheckpointError(f"{path}: expected what {INDEX} places here, got no {_named(sorted(lost))}")

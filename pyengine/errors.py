@@ -17,11 +17,11 @@ class ArgumentTypeError(Error, TypeError):
 
 
 class CheckpointError(Error, ValueError):
-    """A checkpoint's content (a config key, a tensor, a header) can't be honoured."""
+    """The content of a checkpoint or a saved state (a config key, a tensor, a header) can't be honoured."""
 
 
 class CheckpointFileError(Error, OSError):
-    """A checkpoint's file is missing or can't be read."""
+    """A file of a checkpoint or a saved state is missing, or can't be read or written."""
 
 
 class OutOfMemoryError(Error, MemoryError):

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from ._native import simd
 from ._native.engine import Engine
 from ._native.matmul import PackedMatrix
+from ._native.memory import checksum
 from .errors import ArgumentError
 from .kv import UNLIMITED, KVPool, Sequence
 from .plan import Attend, Embed, Linear, Norm, PickRows, Plan
@@ -55,8 +58,22 @@ class Executor:
         self.max_seq_len = plan.max_seq_len
         self.vocab_size = plan.vocab_size
         self.pool = KVPool(plan, kv_dtype, kv_pages, prefix_cache)
+        self._matrices, self._vectors = matrices, vectors
         self._lock = threading.Lock()
         self._engine = native(plan, matrices, vectors, self.pool, threads)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that change with the plan or any weight, as packed: whose keys and values a file has."""
+        digest = blake2b(repr(self.plan).encode(), digest_size=16)
+        for name, matrix in sorted(self._matrices.items()):
+            digest.update(f"{name} {matrix.dtype}".encode())
+            for part in matrix.parts:
+                digest.update(checksum(part))
+        for name, vector in sorted(self._vectors.items()):
+            digest.update(name.encode())
+            digest.update(checksum(vector.reshape(-1).view(np.uint8)))
+        return digest.hexdigest()
 
     def new_sequence(self) -> Sequence:
         """An empty sequence."""

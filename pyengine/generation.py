@@ -21,6 +21,7 @@ from .params import SamplingParams
 from .sampling import Sampler, TokenLogprob
 from .scheduler import Floats, Task
 from .speculation import Speculation
+from .window import Window
 
 Ids = NDArray[np.int32]
 
@@ -48,6 +49,7 @@ class Job:
     tokenizer: Detokenizes | None = None  # without one there is no text
     constraint: Constraint | None = None  # what the text must match, before its first token
     speculation: Speculation | None = None  # without one nothing is guessed ahead
+    window: Window | None = None  # what the model sees of a text that has no end
 
     def check(self, executor: Executor) -> None:
         """Raises `ArgumentError` for what this executor can't do."""
@@ -58,6 +60,8 @@ class Job:
         self.params.check_vocab(executor.vocab_size)
         if self.params.stop_strings and self.tokenizer is None:
             raise ArgumentError(f"stop: expected no strings without a tokenizer, got {self.params.stop!r}")
+        if self.window and self.params.num_beams > 1:
+            raise ArgumentError(f"num_beams: expected 1 with a window, got {self.params.num_beams}")
 
     def sampler(self, work: Workspace, sample_index: int = 0) -> Sampler:
         """What chooses the tokens of one of its samples."""
@@ -65,7 +69,8 @@ class Job:
 
     def n_position(self, executor: Executor) -> int:
         """Positions that one text can come to have: the last token never runs."""
-        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, executor.max_seq_len)
+        most = self.window.size if self.window else executor.max_seq_len
+        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, most)
 
 
 class Sample:
@@ -102,6 +107,8 @@ class Sample:
     def restart(self) -> None:
         """Goes on from what its sequence has, or else the prefix cache, of its tokens; all others are pending."""
         token_ids = np.concatenate([self.job.prompt_ids, np.array(self.sampler.adjustments.generated, np.int32)])
+        if self.job.window:
+            token_ids = self.job.window.seen(token_ids)
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
     def draft(self, rows: Rows, n: int, n_row: int) -> int:
@@ -120,9 +127,10 @@ class Sample:
 
     def verify(self, ran: Rows, logits: Floats, max_seq_len: int) -> Iterator[Piece]:
         """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed."""
-        certain = self.sequence.length - ran.n_draft
+        certain, window = self.sequence.length - ran.n_draft, self.job.window
         for n_accepted, row in enumerate(logits):
-            piece = self.advance(row, certain + n_accepted == max_seq_len)
+            full = certain + n_accepted == (window.size if window else max_seq_len)
+            piece = self.advance(row, full and not window)
             yield piece
             if self.finished or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
                 break
@@ -134,6 +142,9 @@ class Sample:
             self.n_accepted += n_accepted
         if self.finished:
             self.close()
+        elif full:  # the window moves on
+            self.sequence.close()
+            self.restart()
 
     def close(self) -> None:
         """Gives all pages back; what was in them is to run again, should it go on."""
@@ -141,8 +152,8 @@ class Sample:
         if self.proposer:
             self.proposer.close()
 
-    def advance(self, logits: Floats, full: bool) -> Piece:
-        """Chooses the next token, given float32 [vocab_size]; `full`: the context has no place for it."""
+    def advance(self, logits: Floats, last: bool) -> Piece:
+        """Chooses the next token, given float32 [vocab_size]; `last`: the context has no place for it."""
         chosen = self.sampler.sample(logits)
         self.pending = np.array([chosen.token_id], np.int32)
         text = ""
@@ -154,7 +165,7 @@ class Sample:
         if self.sampler.adjustments.complete:
             reason = "stop"
         # A token that is the last needs no place in the context: it never runs.
-        if len(self.pieces) + 1 == self.job.params.max_new_tokens or full:
+        if len(self.pieces) + 1 == self.job.params.max_new_tokens or last:
             reason = reason or "length"
         if reason and self.detokenizer:
             text += self.matcher.push(self.detokenizer.flush()) + self.matcher.flush()
@@ -191,10 +202,13 @@ class Sample:
 class Generation(Task):
     """A prompt and its num_return_sequences samples, which share the pages of the prompt.
 
-    `work` is scratch memory for the thread that steps.
+    `work` is scratch memory for the thread that steps. `sequence` has run the beginning of the prompt already, not all
+    of it; it is the task's from then on.
     """
 
-    def __init__(self, executor: Executor, job: Job, work: Workspace | None = None) -> None:
+    def __init__(
+        self, executor: Executor, job: Job, work: Workspace | None = None, sequence: Sequence | None = None
+    ) -> None:
         job.check(executor)
         if job.params.num_beams > 1:
             raise ArgumentError(f"num_beams: expected 1 for sampling, got {job.params.num_beams}")
@@ -204,7 +218,7 @@ class Generation(Task):
         self.executor = executor
         self.job = job
         sampler = job.sampler(work or Workspace(executor.vocab_size))
-        self.samples = [Sample(job, executor.new_sequence(), sampler, self.called)]
+        self.samples = [Sample(job, sequence or executor.new_sequence(), sampler, self.called)]
 
     def start(self) -> None:
         for sample in self._unfinished():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ._native.memory import Block
 from ._native.pages import KVLayout
-from .errors import ArgumentError
+from .errors import ArgumentError, OutOfMemoryError
 from .plan import Plan
 from .prefix import PrefixCache, digests
 
@@ -80,6 +80,14 @@ class KVPool:
         self.n_used -= page.n_holder == 0
 
 
+def no_room(pool: KVPool, n_page: int) -> OutOfMemoryError:
+    """The error where pages that states hold leave too little room; the caller raises it."""
+    return OutOfMemoryError(
+        f"kv_memory: expected room for {n_page} more pages of {PAGE} positions, got {max(pool.n_available, 0)} of "
+        f"{pool.capacity}: states and what runs hold the others"
+    )
+
+
 class Page:
     """Keys and values of up to 64 positions, in all layers. Its memory goes back by itself."""
 
@@ -103,6 +111,7 @@ class Sequence:
         self.token_ids = array("i")  # what its positions hold
         self.pages: list[Page] = []
         self.digests: list[bytes] = []  # keys of its full pages
+        self.publishes = True  # whether its full pages go to the prefix cache: not on top of what a file says
         self.table = np.zeros(pool.max_pages, np.uintp)  # the pages' addresses, for the native executor
 
     @property
@@ -137,7 +146,7 @@ class Sequence:
     def _publish(self, n: int) -> None:
         """Lets the prefix cache have the full pages of the first n positions."""
         first = len(self.digests)
-        if self.pool.cache is None or first >= n // PAGE:
+        if self.pool.cache is None or not self.publishes or first >= n // PAGE:
             return
         fresh = np.array(self.token_ids[first * PAGE : n], np.int32)
         for index, key in enumerate(digests(fresh, PAGE, self.digests[-1] if first else b""), first):
@@ -192,6 +201,7 @@ class Sequence:
             other = Sequence(self.pool)
             other.token_ids = self.token_ids[:]
             other.digests = self.digests[:]
+            other.publishes = self.publishes
             for page in self.pages[: -(-self.length // PAGE)]:
                 self.pool.hold(page)
                 other._append(page)

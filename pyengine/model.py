@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from functools import cached_property, partial
 from numbers import Integral
+from os import PathLike
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,13 +21,16 @@ from .completion import Completion, Piece
 from .constraints import Constraint, Vocabulary
 from .cost import Cost, cost
 from .errors import ArgumentError, ArgumentTypeError
-from .generation import Generation, Job, check_token_ids
+from .generation import Generation, Ids, Job, check_token_ids
+from .kv import Sequence
 from .params import LogitsProcessor, SamplingParams
 from .runner import Request, Runner, Stream, wait_all
 from .scheduler import Scheduler, Stats, stats
 from .scoring import Logits, Score, Scoring
 from .speculation import Speculation
+from .state import State, window_of
 from .tokenizer import Tokenizer
+from .window import Window
 
 Prompt = str | SequenceOf[int]
 
@@ -219,6 +223,39 @@ class Model:
         reading = Logits(self.executor, self.token_ids(text, "text"))
         return self.runner.submit(reading, lambda: reading.logits).wait()
 
+    def state(self, prompt: Prompt | None = None, window: int | None = None, sinks: int = 4) -> State:
+        """A state that has seen `prompt`, to be appended to, forked, cut back, continued and saved; without one it is
+        empty.
+
+        Without `window` it ends with the context. With it there is no end: the model sees at most `window` tokens at a
+        time, in constant memory. When it is full, the first `sinks` tokens and the last half of the others are kept and
+        run again as a text of their own, so each token runs about twice. That is sound for every position encoding,
+        learned ones as GPT-2's too, since no key or value moves to another position: the logits are to the bit those of
+        `logits` for the tokens that are kept. Moving them instead, as StreamingLLM does, takes relative positions; that
+        the first tokens must stay, since models rest much attention on them, is from there (Xiao et al. 2023, Efficient
+        Streaming Language Models with Attention Sinks). What it costs in quality: the model sees the sinks and the last
+        tokens, between half of the window and all of it, nothing in between, and so a text that jumps after the sinks.
+
+        >>> state = model.state("It was a dark")
+        >>> state.append(" and stormy night").logits.argmax()
+        >>> endless = model.state("Once upon a time", window=256)
+        """
+        state = State(self, window=window_of(window, sinks, self.plan.max_seq_len))
+        if prompt is not None:
+            state.append(self.token_ids(prompt).tolist())
+        return state
+
+    def restore(self, path: str | PathLike[str]) -> State:
+        """The state that `State.save` wrote to a file, with the same bits; nothing of it runs again.
+
+        Raises CheckpointFileError for a file that is missing or can't be read; CheckpointError for one that is damaged
+        or no saved state, or is of another model, dtype or kv_dtype; OutOfMemoryError where the KV pool has no room.
+
+        >>> model.state("Once upon a time").save("once.safetensors")
+        >>> model.restore("once.safetensors").generate(seed=1).text
+        """
+        return State.load(self, path)
+
     @property
     def stats(self) -> Stats:
         """What runs, and how the pool of KV pages is used, at this moment."""
@@ -256,9 +293,7 @@ class Model:
         self, prompt: Prompt, params: Mapping[str, Any], assistant_model: Model | None = None
     ) -> Request[Any]:
         sampling = SamplingParams(**params)
-        for name in ("num_beams", "num_return_sequences"):
-            if getattr(sampling, name) != 1:
-                raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(sampling, name)}")
+        sampling.check_stream()
         return self._submit_one(prompt, sampling, assistant_model)
 
     @contextmanager
@@ -326,9 +361,28 @@ class Model:
         speculation: Speculation | None,
         name: str = "prompt",
     ) -> Generation | BeamGeneration:
+        prompt_ids = self.token_ids(prompt, name)
+        return self._task_from(None, prompt_ids, params, constraint, speculation, None)
+
+    def _task_from(
+        self,
+        sequence: Sequence | None,
+        prompt_ids: Ids,
+        params: SamplingParams,
+        constraint: Constraint | None,
+        speculation: Speculation | None,
+        window: Window | None,
+    ) -> Generation | BeamGeneration:
         stop_ids = params.stop_ids(self.eos_token_ids)
-        job = Job(self.token_ids(prompt, name), params, stop_ids, self.tokenizer, constraint, speculation)
-        return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work)
+        job = Job(prompt_ids, params, stop_ids, self.tokenizer, constraint, speculation, window)
+        return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work, sequence)
+
+    def submit_from(
+        self, sequence: Sequence, prompt_ids: Ids, params: SamplingParams, window: Window | None
+    ) -> Request[Any]:
+        """Continues a prompt of which `sequence` has run a beginning, not all; it is the request's from then on."""
+        how = self._constraint(params), self._speculation(params, None)
+        return self._submit(self._task_from(sequence, prompt_ids, params, *how, window))
 
     def _submit_one(self, prompt: Prompt, params: SamplingParams, assistant_model: Model | None) -> Request[Any]:
         return self._submit(

@@ -197,6 +197,12 @@ class SamplingParams:
         """The token ids that end a text, given the model's own."""
         return frozenset(self.stop_token_ids or ()) | frozenset(() if self.ignore_eos else eos_token_ids)
 
+    def check_stream(self) -> None:
+        """Raises `ArgumentError` for what can't be streamed: several texts, and those that may change to the end."""
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(self, name) != 1:
+                raise ArgumentError(f"{name}: expected 1 for a stream, got {getattr(self, name)}")
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises `ArgumentError` for an argument that a model of this vocabulary can't honour."""
         for name, token_ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):

@@ -25,7 +25,7 @@ from ._native.sampling import Workspace
 from .completion import Piece
 from .errors import ArgumentError, OutOfMemoryError, StepStopped
 from .executor import Executor, Rows
-from .kv import PAGE, NoPages
+from .kv import PAGE, NoPages, no_room
 from .prefix import PrefixCounters
 from .sampling import Sampler, draw_ahead
 
@@ -36,6 +36,8 @@ DRAFT_ROWS = 12  # most rows of a step with guesses: so many are one stream of w
 
 class Task(ABC):
     """What takes part in steps. Only the thread that steps calls its methods; `cancelled` may be set by any."""
+
+    keeps = False  # whether its pages are its user's: neither pausing nor ending it gives them back
 
     def __init__(self, n_place: int = 1) -> None:
         self.n_place = n_place  # sequences that it has at most, places in the batch
@@ -264,16 +266,16 @@ class Scheduler:
         return [part for part in plan if part.task in self.live]
 
     def _reserved(self, part: Planned) -> bool:
-        """Whether there are pages for it; none are refused to the last task that is left."""
+        """Whether there are pages for it; none are refused to the last task that is left, unless it keeps them."""
         alone = len(self.live) == 1
         try:
             for rows in part.rows:
-                rows.sequence.reserve(len(rows.token_ids), within=not alone)
+                rows.sequence.reserve(len(rows.token_ids), within=part.task.keeps or not alone)
         except (NoPages, OutOfMemoryError) as error:
             if not alone:
                 return False
             self.live.clear()
-            part.task.end(error)
+            part.task.end(no_room(self.executor.pool, 1) if isinstance(error, NoPages) else error)
         return True
 
     def _pause(self, task: Task) -> None:

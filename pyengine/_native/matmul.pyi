@@ -1,6 +1,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from .memory import Block
+
 DTYPES: tuple[str, ...]
 
 class PackedMatrix:
@@ -12,6 +14,8 @@ class PackedMatrix:
     def n_panel(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def parts(self) -> list[Block | NDArray[np.uint8]]: ...
     def pack(
         self,
         src: NDArray[np.uint8],

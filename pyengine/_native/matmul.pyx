@@ -87,6 +87,12 @@ cdef class PackedMatrix:
         """The memory of the packed weight."""
         return sum(block.nbytes for block in (self.panels, self.column_sum, self.scale) if block is not None)
 
+    @property
+    def parts(self):
+        """All memory that a product or a row depends on, as buffers of bytes."""
+        unscale = None if self.unscale is None else np.asarray(self.unscale).view(np.uint8)
+        return [part for part in (self.panels, self.column_sum, self.scale, unscale) if part is not None]
+
     def pack(self, const uint8_t[::1] src, str tensor_dtype, str layout, int64_t first=0, in_scale=None, out_scale=None,
              int threads=1):
         """Packs columns from `first` on: `src` holds whole rows of an "out_in" tensor, or all of an "in_out" one.

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
 """KV pages: how keys and values lie in them (pages.pxd), and how they get there."""
 
-from libc.stdint cimport int8_t, int64_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from .kernels cimport PE_LANES, PE_PAGE, pe_kernels
@@ -144,3 +144,83 @@ cdef class KVLayout:
                 memcpy(b + scales, a + scales, head - scales)
                 a += head
                 b += head
+
+    def part_nbytes(self, int64_t n):
+        """The bytes of `part_of` n positions."""
+        if not 0 <= n <= PE_PAGE:
+            raise ArgumentError(f"n: expected 0..{PE_PAGE} positions, got {n}")
+        return self.page_nbytes // PE_PAGE * whole_panels(n)
+
+    def part_of(self, Block page, int64_t n):
+        """A copy of a page's first n positions alone: what a page of n positions, rounded up to 16, would look like. All
+        64 are the page as it is. Positions after n are 0: the same keys and values always give the same bytes."""
+        part = bytearray(self.part_nbytes(n))
+        cdef uint8_t[::1] bytes_ = part
+        if page.nbytes < self.page_nbytes:
+            raise ArgumentError(f"page: expected {self.page_nbytes} bytes, got {page.nbytes}")
+        if n:
+            move_part(&self.layout, <char *>page.data, <char *>&bytes_[0], whole_panels(n), False)
+            clear_after(&self.layout, <char *>&bytes_[0], n)
+        return part
+
+    def put_part(self, part, Block page, int64_t n):
+        """Puts what `part_of` gave into a page."""
+        cdef uint8_t[::1] bytes_ = part
+        if bytes_.shape[0] != self.part_nbytes(n) or page.nbytes < self.page_nbytes:
+            raise ArgumentError(f"part: expected {self.part_nbytes(n)} bytes for {n} positions, got {bytes_.shape[0]}")
+        if n:
+            move_part(&self.layout, <char *>page.data, <char *>&bytes_[0], whole_panels(n), True)
+
+
+cdef inline int64_t whole_panels(int64_t n) noexcept nogil:
+    return (n + PE_LANES - 1) // PE_LANES * PE_LANES
+
+
+cdef void move_part(const PageLayout *layout, char *page, char *part, int64_t n, bint to_page) noexcept nogil:
+    """Copies n positions, whole panels of keys, between a page and a part of one."""
+    cdef int64_t i
+    for _ in range(layout.n_layer * layout.n_kv_head):
+        part = move(page, part, n * layout.key_width * layout.dtype, to_page)
+        for i in range(layout.value_width // PE_LANES):
+            part = move(page + key_bytes(layout) + i * PE_PAGE * PE_LANES * layout.dtype, part, n * PE_LANES * layout.dtype, to_page)
+        if layout.dtype == KV_INT8:
+            for i in range(2):
+                part = move(page + key_bytes(layout) + value_bytes(layout) + i * PE_PAGE * 4, part, n * 4, to_page)
+        page += head_bytes(layout)
+
+
+cdef inline char *move(char *page, char *part, int64_t nbytes, bint to_page) noexcept nogil:
+    """Copies to one of them; returns the end of the other's piece in the part."""
+    memcpy(page if to_page else part, part if to_page else page, nbytes)
+    return part + nbytes
+
+
+cdef void clear_after(const PageLayout *layout, char *part, int64_t n) noexcept nogil:
+    """Makes 0 of the positions from n on in a part of a page."""
+    cdef int64_t together = 2 if layout.dtype == KV_BFLOAT16 else 1  # numbers of a lane of keys, positions of a row of values
+    cdef int64_t end = whole_panels(n), lane = n % PE_LANES, size = layout.dtype, i
+    cdef int64_t row = PE_LANES * together * size
+    cdef char *keys
+    for _ in range(layout.n_layer * layout.n_kv_head):
+        if lane:
+            keys = part + n // PE_LANES * PE_LANES * layout.key_width * size
+            for i in range(layout.key_width // together):
+                memset(keys + i * row + lane * together * size, 0, (PE_LANES - lane) * together * size)
+        part += end * layout.key_width * size
+        for i in range(layout.value_width // PE_LANES):
+            clear_values(<char *>part, n, end, together, size)
+            part += end * PE_LANES * size
+        if layout.dtype == KV_INT8:
+            for i in range(2):
+                memset(part + 4 * n, 0, 4 * (end - n))
+                part += 4 * end
+
+
+cdef void clear_values(char *panel, int64_t n, int64_t end, int64_t together, int64_t size) noexcept nogil:
+    """Makes 0 of the positions from n on in one panel of values."""
+    cdef int64_t j
+    if n % together:  # half a pair stays
+        for j in range(PE_LANES):
+            memset(panel + ((n - 1) * PE_LANES + 2 * j + 1) * size, 0, size)
+        n += 1
+    memset(panel + n * PE_LANES * size, 0, (end - n) * PE_LANES * size)
