@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bench.checkpoint import once, tensors, vocabulary
 from bench.engines import Base, Floats, Prompts, Run
-from pyengine import model
+from pyengine import loading
 
 Rows = NDArray[np.int64]
 
@@ -118,7 +118,7 @@ class Context:
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
     """The checkpoint as a GGUF file in float32."""
-    plan = model.plan_of(checkpoint)
+    plan = loading.plan_of(checkpoint)
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(plan.max_seq_len)
     writer.add_embedding_length(plan.d_model)

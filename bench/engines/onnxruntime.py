@@ -17,7 +17,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from bench.checkpoint import once, tensors
 from bench.engines import Base, Floats, NotAvailable, Prompts, Run
-from pyengine import model
+from pyengine import loading
 from pyengine.plan import Plan
 
 MICROSOFT = "com.microsoft"  # the domain of operators that are ONNX Runtime's own
@@ -78,7 +78,7 @@ class Engine(Base):
 
 def write_onnx(checkpoint: Path, folder: Path) -> None:
     """The checkpoint as an ONNX graph in float32, its weights in a file beside it."""
-    plan = model.plan_of(checkpoint)
+    plan = loading.plan_of(checkpoint)
     if "lm_head" in plan.matrices or any(getattr(op, "activation", None) not in (None, "gelu_tanh") for op in plan.ops):
         raise NotAvailable("the graph is written for tied embeddings and the tanh form of GELU")
     weights = dict(tensors(checkpoint))
