@@ -100,6 +100,11 @@ class Sample:
         """Whether it has its last token."""
         return bool(self.pieces) and self.pieces[-1].finish_reason is not None
 
+    @property
+    def guesses(self) -> bool:
+        """Whether it may have something to guess."""
+        return self.proposer is not None and len(self.pieces) >= self.proposer.awake_at
+
     def rows(self, n: int) -> Rows:
         """The next n of the pending tokens; logits are wanted once they are the last."""
         return Rows(self.sequence, self.pending[:n], int(n >= len(self.pending)))
@@ -113,7 +118,8 @@ class Sample:
 
     def draft(self, rows: Rows, n: int, n_row: int) -> int:
         """Adds at most n guesses to its row, if there are pages for them; how many."""
-        guesses = self.proposer.propose(self.sampler.adjustments.generated, n, n_row) if self.proposer and n > 0 else []
+        generated = self.sampler.adjustments.generated
+        guesses = self.proposer.propose(generated, n, n_row) if self.proposer and self.guesses and n > 0 else []
         if not guesses:
             return 0
         try:
@@ -213,7 +219,6 @@ class Generation(Task):
         if job.params.num_beams > 1:
             raise ArgumentError(f"num_beams: expected 1 for sampling, got {job.params.num_beams}")
         super().__init__(job.params.num_return_sequences)
-        self.drafts = job.speculation is not None
         self.n_position = job.n_position(executor)
         self.executor = executor
         self.job = job
@@ -249,6 +254,10 @@ class Generation(Task):
                 planned.append(sample.rows(n))
                 n -= len(planned[-1].token_ids)
         return planned
+
+    @property
+    def drafts(self) -> bool:
+        return self.job.speculation is not None and any(sample.guesses for sample in self._unfinished())
 
     def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
         n_left = n

@@ -41,7 +41,6 @@ class Task(ABC):
 
     def __init__(self, n_place: int = 1) -> None:
         self.n_place = n_place  # sequences that it has at most, places in the batch
-        self.drafts = False  # whether it guesses what comes next
         self.called = time.perf_counter()
         self.cancelled = False
         self.ended = False
@@ -79,6 +78,11 @@ class Task(ABC):
     @abstractmethod
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it may guess what comes next."""
+        return False
 
     def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
         """Adds to the rows that it planned, a row for each sequence, at most n tokens that it guesses; how many.

@@ -31,6 +31,8 @@ Floats = NDArray[np.float32]
 class Proposer(ABC):
     """Guesses for one text. Only the thread that steps calls it."""
 
+    awake_at = 0  # so many generated tokens there are to be before it is asked again
+
     @abstractmethod
     def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
         """At most n tokens that may come after the prompt and what was generated of the text; none if it won't pay.
@@ -96,6 +98,7 @@ class PromptLookup(Proposer):
     """
 
     PAIR, TRIPLE, LONGEST = 2, 3, 9  # tokens that were the same
+    MOST_REST = 16  # tokens that come before it looks again, while it has nothing to say
 
     def __init__(self, prompt_ids: Ids, num_tokens: int, row_cost: float) -> None:
         self.num_tokens, self.row_cost = num_tokens, row_cost
@@ -105,6 +108,7 @@ class PromptLookup(Proposer):
         self.n_seen = [BELIEF] * len(self.hits)
         self.source = 0  # where in the text the next token is expected to be found; 0: nowhere
         self.n_same = 0  # tokens before it that are the last ones of the text too
+        self.rest = 1  # tokens until it looks again, next time that it has nothing to say
         wide = prompt_ids.astype(np.int64)
         pairs, ends = wide[:-1] << 20 | wide[1:], range(2, self.n_prompt + 1)
         triples = (wide[:-2] << 40 | pairs[1:]) + (1 << 62)
@@ -115,10 +119,13 @@ class PromptLookup(Proposer):
     def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
         for token_id in generated[len(self.text) - self.n_prompt :]:
             self._append(token_id)
-        if not self.source:
-            return []
         cost = shared(self.row_cost, self.row_cost, n_row)
-        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens))
+        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens)) if self.source else 0
+        if n == 0:  # to ask it at each step would cost a small model more than it brings
+            self.awake_at = len(generated) + self.rest
+            self.rest = min(2 * self.rest, self.MOST_REST)
+            return []
+        self.rest = 1
         guesses = self.text[self.source : self.source + n]
         period = len(self.text) - self.source
         for i in range(len(guesses), n):  # what it follows has come to the text's end: it goes round
