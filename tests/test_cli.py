@@ -122,8 +122,8 @@ def test_generate_constrained(tmp_path: Path) -> None:
 def test_generate_guesses_ahead(tmp_path: Path) -> None:
     model = pyengine.load("demo", dtype="float32", threads=1)
     prompt = "one two three four five six seven. " * 4
-    plain = model.generate(prompt, max_new_tokens=30, temperature=0)
-    options = ["--max-new-tokens", "30", "--temperature", "0", "--no-prompt", "--dtype", "float32", "--stats"]
+    plain = model.generate(prompt, max_new_tokens=90, temperature=0)
+    options = ["--max-new-tokens", "90", "--temperature", "0", "--no-prompt", "--dtype", "float32", "--stats"]
     code, out, err = run("generate", prompt, *options, "--prompt-lookup-num-tokens", "8")
     assert (code, out) == (0, f"{plain.text}\n")
     assert re.search(r"tokens/s, \d+ of \d+ guesses right; loaded", err)
