@@ -26,7 +26,7 @@ from .completion import Completion, FinishReason, Usage
 from .errors import ArgumentError
 from .executor import Executor, Rows
 from .generation import Job
-from .kv import PAGE, Sequence
+from .kv import Sequence
 from .sampling import Adjustments, TokenLogprob, token_logprob
 from .scheduler import Floats, Task
 
@@ -207,8 +207,7 @@ class BeamGeneration(Task):
 
     @property
     def n_page_most(self) -> int:
-        shared = len(self.job.prompt_ids) // PAGE
-        return shared + self.n_place * (-(-self.job.n_position(self.executor) // PAGE) - shared)
+        return self.job.n_page_most(self.executor, self.n_place)
 
     def plan(self, n: int) -> list[Rows]:
         planned = []

@@ -72,6 +72,11 @@ class Job:
         most = self.window.size if self.window else executor.max_seq_len
         return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, most)
 
+    def n_page_most(self, executor: Executor, n_text: int) -> int:
+        """Pages that so many texts can come to hold; they share those that the prompt fills."""
+        shared = len(self.prompt_ids) // PAGE
+        return shared + n_text * (-(-self.n_position(executor) // PAGE) - shared)
+
 
 class Sample:
     """One text on its way: its sequence, the tokens still to run, what makes tokens of logits and text of tokens."""
@@ -244,8 +249,7 @@ class Generation(Task):
 
     @property
     def n_page_most(self) -> int:
-        shared = len(self.job.prompt_ids) // PAGE
-        return shared + self.n_place * (-(-self.job.n_position(self.executor) // PAGE) - shared)
+        return self.job.n_page_most(self.executor, self.n_place)
 
     def plan(self, n: int) -> list[Rows]:
         planned = []
