@@ -299,6 +299,8 @@ class Candidates:
             # As in transformers the adjustments work on log-probabilities here, not on logits.
             adjusted = beam.adjustments.apply(self.work, row, total, taken)
             shift = total if adjusted is row else 0.0
+            if beam.adjustments.constraint:
+                adjusted = beam.adjustments.constraint.mask(self.work, adjusted)
             token_ids, ranks, scores = find(adjusted, shift, beam, parent, group.n_candidates)
             found += zip(ranks.tolist(), scores.tolist(), itertools.repeat(parent), token_ids.tolist())
         found.sort(key=lambda one: one[0])

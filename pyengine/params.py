@@ -184,6 +184,11 @@ class SamplingParams:
         """Whether tokens are drawn."""
         return (self.num_beams == 1 and self.temperature > 0) if self.do_sample is None else self.do_sample
 
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary that depends on all logits."""
+        return self.samples and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
     def choose_seed(self) -> int:
         """The seed, or a fresh one."""
         return int.from_bytes(os.urandom(8), "little") if self.seed is None else operator.index(self.seed)

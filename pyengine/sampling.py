@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ._native.drawing import uniform
 from ._native.sampling import Workspace, draw_rows
 from .constraints import Constraint
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from .params import LogitsProcessor, SamplingParams
 
 NONE = array("i")  # no token ids
@@ -49,12 +49,13 @@ class Adjustments:
         self.processors = params.processors
         self.constraint = constraint and constraint.fork()
         self.penalised = self.factors != (1, 0, 0) or len(bias) > 0
-        self.any = self.penalised or bool(self.processors) or constraint is not None  # whether a row may be changed
+        self.any = self.penalised or bool(self.processors)  # whether `apply` may change a row
 
     def apply(
         self, work: Workspace, logits: NDArray[np.float32], shift: float = 0.0, taken: array[int] = NONE
     ) -> NDArray[np.float32]:
-        """logits - shift, adjusted: float32 [vocab_size], valid until the next call; just `logits` without any.
+        """logits - shift, adjusted by all but the constraint: float32 [vocab_size], valid until the next call; just
+        `logits` without any.
 
         `taken` are the tokens that other groups of beams chose.
         """
@@ -76,20 +77,13 @@ class Adjustments:
             token_ids = np.concatenate([self.prompt_ids, np.array(self.generated, np.int32)])
             for processor in self.processors:
                 logits = _processed(processor, token_ids, logits)
-        return self.constraint.mask(work, logits) if self.constraint else logits
+        return logits
 
     def append(self, token_id: int) -> None:
         """The text goes on by this token."""
         self.generated.append(token_id)
         if self.constraint:
             self.constraint.accept(token_id)
-
-    def rollback(self, n: int) -> None:
-        """Takes the last n generated tokens back."""
-        first = len(self.generated) - n
-        if self.constraint:
-            self.constraint.rollback(self.generated[first:])
-        del self.generated[first:]
 
     def fork(self) -> Adjustments:
         """Those of another text with the same beginning."""
@@ -125,53 +119,114 @@ class Sampler:
         self.drawn: list[tuple[int, float]] = []  # token ids that `draw_ahead` has found, -1 for none, and logsumexps
         self.seed = params.choose_seed()
 
+    @property
+    def masks_first(self) -> bool:
+        """Whether the filters have to see what the constraint leaves."""
+        return self.adjustments.constraint is not None and self.params.filters
+
+    @property
+    def masked_attempt(self) -> int:
+        """Whether a token that is drawn from what the constraint leaves is the first of its position, or the second."""
+        return 0 if self.params.filters else 1
+
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
         token_id, total = self.drawn.pop(0) if self.drawn else (-1, 0.0)
         if token_id < 0:
             total = self.work.logsumexp(logits)
-            token_id = self.choose(logits)
+        if token_id < 0 or self.adjustments.constraint:
+            token_id = self.choose(logits, drawn=token_id)
         self.adjustments.append(token_id)
         return token_logprob(self.work, logits, total, token_id, self.params.logprobs)
 
-    def choose(self, logits: NDArray[np.float32], guesses: array[int] = NONE) -> int:
-        """The token that would come if `guesses` came before it; nothing is kept of it."""
-        params, work, adjustments = self.params, self.work, self.adjustments
+    def choose(self, logits: NDArray[np.float32], guesses: array[int] = NONE, drawn: int = -1) -> int:
+        """The token that would come if `guesses` came before it; nothing is kept of it.
+
+        Under a constraint the token that is `drawn` without it (by `draw_ahead`, or here) comes if it is allowed, or
+        else another, drawn from those that are. So a constraint changes nothing where a text matches anyway, and a mask
+        is made for the others alone. It is what drawing from the allowed tokens at once would be: with mass m of them,
+        a token of probability p comes with p + (1 - m) p / m = p / m. Not so after filters, which depend on the mask:
+        there it comes first.
+        """
+        work, adjustments = self.work, self.adjustments
         if guesses:
             adjustments = adjustments.fork()
             for token_id in guesses:
                 adjustments.append(token_id)
         adjusted = adjustments.apply(work, logits)
+        constraint, position = adjustments.constraint, len(adjustments.generated)
+        if drawn < 0 and not self.masks_first:
+            drawn = self._draw(adjusted, position)
+        if constraint is None or (drawn >= 0 and constraint.allows(drawn)):
+            return drawn
+        masked = constraint.mask(work, adjusted)
+        try:
+            return self._draw(masked, position, self.masked_attempt)
+        except NonFiniteError:
+            raise NonFiniteError(
+                f"{constraint.name}: expected one of its tokens to be left by logit_bias and logits_processor, got none"
+            ) from None
+
+    def _draw(self, logits: NDArray[np.float32], position: int, attempt: int = 0) -> int:
+        """The token of a position of the text."""
+        params = self.params
         if not params.samples:
-            return work.argmax(adjusted)
-        number = self.number(len(adjustments.generated))
-        return work.draw(adjusted, params.temperature, params.top_k, params.top_p, params.min_p, number)
+            return self.work.argmax(logits)
+        number = self.number(position, attempt)
+        return self.work.draw(logits, params.temperature, params.top_k, params.top_p, params.min_p, number)
 
-    def number(self, position: int) -> float:
+    def number(self, position: int, attempt: int = 0) -> float:
         """The random number in [0, 1) of a position of the text."""
-        return uniform(self.seed, self.sample_index, position)
+        return uniform(self.seed, self.sample_index, position, attempt)
 
 
-def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.float32]]]) -> None:
+Asked = tuple[Sampler, NDArray[np.float32]]  # logits of its next tokens, [n, vocab_size]
+Mask = tuple[NDArray[np.uint32], NDArray[np.int32]]  # what `Workspace.mask` takes
+
+
+def draw_ahead(works: list[Workspace], asked: list[Asked]) -> None:
     """Draws for many samplers at once, on a thread for each of `works`; `Sampler.sample` takes what it finds.
 
-    A sampler has logits for its next tokens, float32 [n, vocab_size]. Those that adjust their rows are left out, since
-    that has to come first, and in order.
+    Left out are those whose rows have to be adjusted
+    first, and what a constraint says of guesses, since that goes in order.
     """
+    if sum([len(rows) for _, rows in asked]) < 2:
+        return
+    plain = [(sampler, rows) for sampler, rows in asked if not sampler.adjustments.any]
+    first = [(sampler, rows) for sampler, rows in plain if not sampler.masks_first]
+    _draw_all(works, first)
+    masked: list[Asked] = []
+    masks: list[Mask] = []
+    for sampler, rows in plain:
+        constraint = sampler.adjustments.constraint
+        if constraint and len(rows) == 1:
+            token_id = sampler.drawn[0][0] if sampler.drawn else None
+            if token_id is not None and (token_id < 0 or constraint.allows(token_id)):
+                continue
+            try:
+                masks.append((constraint.bits(), constraint.end_ids))
+                masked.append((sampler, rows))
+            except ArgumentError:
+                pass  # `sample` comes across it again, where it ends that text alone
+    _draw_all(works, masked, masks)
+
+
+def _draw_all(works: list[Workspace], asked: list[Asked], masks: list[Mask] | None = None) -> None:
+    """Puts what is drawn for each row in `drawn`."""
     logits: list[NDArray[np.float32]] = []
     wishes: list[tuple[float, float, float, float, float]] = []
-    plain = [(sampler, rows) for sampler, rows in asked if not sampler.adjustments.any]
-    for sampler, rows in plain:
+    for sampler, rows in asked:
         params, position = sampler.params, len(sampler.adjustments.generated)
         filters = (params.temperature if params.samples else 0.0, params.top_k, params.top_p, params.min_p)
+        attempt = sampler.masked_attempt if masks else 0
         for i, row in enumerate(rows):
             logits.append(row)
-            wishes.append((*filters, sampler.number(position + i) if params.samples else 0.0))
-    if len(logits) < 2:
+            wishes.append((*filters, sampler.number(position + i, attempt) if params.samples else 0.0))
+    if not logits:
         return
-    token_ids, totals = draw_rows(works, logits, np.array(wishes))
+    token_ids, totals = draw_rows(works, logits, np.array(wishes), masks)
     drawn = zip(token_ids.tolist(), totals.tolist(), strict=True)
-    for sampler, rows in plain:
+    for sampler, rows in asked:
         sampler.drawn = [next(drawn) for _ in rows]
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyengine.constraints import Constraint, Vocabulary
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from pyengine.generation import Job
 from pyengine.params import SamplingParams
-from pyengine.sampling import Adjustments
+from pyengine.sampling import Sampler
 from pyengine.scheduler import Scheduler
 
 N = 128  # tokens are ASCII characters
@@ -168,7 +168,7 @@ def test_every_text_that_ends_matches(vocabulary: Vocabulary, executor: Any, nam
     check = check_of(name, value)
     jobs = [
         job(vocabulary, name, value, seed=seed, temperature=temperature)
-        for seed in range(15)
+        for seed in range(30)
         for temperature in (0.5, 1.0, 3.0)
     ]
     texts = [one for [one] in complete(executor, jobs)]
@@ -209,9 +209,7 @@ def test_beams_find_texts_that_match(vocabulary: Vocabulary, executor: Any, name
 
 def test_beams_find_the_best_text_of_all(vocabulary: Vocabulary, executor: Any) -> None:
     """A few texts: each one's log-probability is the sum of its tokens', and the search finds them all, in order."""
-    one = job(
-        vocabulary, "regex", "[abc][xy]", stop_ids=(), num_beams=6, num_return_sequences=6, length_penalty=0.0
-    )
+    one = job(vocabulary, "regex", "[abc][xy]", stop_ids=(), num_beams=6, num_return_sequences=6, length_penalty=0.0)
     found = complete(executor, [one])[0]
     expected = {}
     for text in [a + b for a in "abc" for b in "xy"]:
@@ -261,7 +259,7 @@ def test_the_constraint_comes_after_penalties_bias_and_processors(vocabulary: Vo
     one = job(vocabulary, "regex", "[a-z]{9}", logits_processor=insist, **arguments)
     assert only_text(complete(saying("x"), [one])).text == "zzzzzzzzz"
     banned = job(vocabulary, "regex", "a", logit_bias={ord("a"): -math.inf})
-    with pytest.raises(NonFiniteError, match="every one is -inf"):
+    with pytest.raises(NonFiniteError, match=r"^regex: expected one of its tokens to be left by logit_bias and"):
         complete(saying("x"), [banned])
 
 
@@ -272,33 +270,81 @@ def test_logprobs_are_of_the_models_own_distribution(vocabulary: Vocabulary) -> 
     assert all(token.top[0][0] == ord("x") for token in text.logprobs)
 
 
-def allowed(adjustments: Adjustments, work: Workspace) -> bytes:
-    return adjustments.apply(work, np.zeros(N, np.float32)).tobytes()
+def random_texts(vocabulary: Vocabulary, name: str, value: Any) -> Iterator[tuple[Constraint, Any, list[int]]]:
+    """A constraint on its way through a few texts that it allows: before each token, its mask, the tokens so far."""
+    rng, work = np.random.default_rng(1), Workspace(vocabulary.vocab_size)
+    row = np.zeros(vocabulary.vocab_size, np.float32)
+    text: list[int]
+    for _ in range(5):
+        constraint, text = vocabulary.compile(name, value, [END]).fork(), []
+        while not constraint.complete and END not in text and len(text) < 40:
+            mask = np.isfinite(constraint.mask(work, row))
+            yield constraint, mask, text
+            text.append(int(rng.choice(np.flatnonzero(mask))))
+            constraint.accept(text[-1])
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_forks_and_rollback(vocabulary: Vocabulary, name: str, value: Any) -> None:
-    """After each token: a fork goes its own way, and going back by n tokens is the state of n tokens ago."""
-    one = job(vocabulary, name, value)
-    rng, work = np.random.default_rng(1), Workspace(N)
-    adjustments = Adjustments(one.params, PROMPT, one.constraint)
-    states = [allowed(adjustments, work)]
-    while not adjustments.complete and len(states) < 60 and adjustments.generated[-1:].tolist() != [END]:
-        row = np.frombuffer(states[-1], np.float32)
-        adjustments.append(int(rng.choice(np.flatnonzero(row == 0))))
-        if adjustments.generated[-1] != END and not adjustments.complete:
-            states.append(allowed(adjustments, work))
-    generated = adjustments.generated.tolist()
-    last = adjustments.fork()
-    for n in (len(generated), 3, 1):
-        other = adjustments.fork()
-        other.rollback(n)
-        assert (other.generated.tolist(), other.complete) == (generated[:-n], False)
-        assert allowed(other, work) == states[len(generated) - n]
-        for token_id in generated[-n:]:
-            other.append(token_id)
-        assert other.complete == last.complete
-    assert adjustments.generated.tolist() == generated
+def test_a_token_is_allowed_where_the_mask_has_it(vocabulary: Vocabulary, name: str, value: Any) -> None:
+    for constraint, mask, _ in random_texts(vocabulary, name, value):
+        assert [constraint.allows(token_id) for token_id in range(N)] == mask.tolist()
+
+
+@pytest.mark.parametrize(("name", "value"), [*CASES, ("regex", "([A-Z]?[a-z]{1,12}[ ,.]){2,}")])
+def test_kinds_of_tokens_change_no_mask(demo: pyengine.Model, name: str, value: Any) -> None:
+    """What is decided for words as a whole is what a walk over all tokens says."""
+    assert demo.tokenizer is not None
+    walking = Vocabulary(demo.tokenizer.vocabulary(), demo.tokenizer.special_ids, demo.tokenizer.encode)
+    walking._trie = walking._trie.with_slices([])
+    work, row = Workspace(walking.vocab_size), np.zeros(walking.vocab_size, np.float32)
+    for _, mask, text in random_texts(demo._vocabulary, name, value):
+        other = walking.compile(name, value, [END]).fork()
+        for token_id in text:
+            other.accept(token_id)
+        assert np.array_equal(np.isfinite(other.mask(work, row)), mask)
+
+
+def test_drawing_again_is_drawing_from_what_is_allowed(vocabulary: Vocabulary) -> None:
+    """Frequencies of 20,000 draws against softmax over the allowed tokens: within 4.5 standard deviations each."""
+    logits = np.random.default_rng(0).normal(0, 1.5, N).astype(np.float32)
+    ids = np.frombuffer(b"abcdefgh", np.uint8)
+    work, n = Workspace(N), 20_000
+    constraint = vocabulary.compile("regex", "[a-h]{2}", [END])
+    counts = np.zeros(N)
+    for seed in range(n):
+        params = SamplingParams(seed=seed, temperature=1.3)
+        counts[Sampler(params, work, PROMPT, constraint=constraint).choose(logits)] += 1
+    weights = np.exp(logits[ids].astype(np.float64) / 1.3)
+    assert 0.02 < weights.sum() / np.exp(logits / 1.3).sum() < 0.3  # most are drawn again
+    expected = weights / weights.sum()
+    assert counts[ids].sum() == n
+    assert (abs(counts[ids] - n * expected) < 4.5 * np.sqrt(n * expected * (1 - expected))).all()
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.1}, {"temperature": 0}])
+def test_a_constraint_that_allows_everything(vocabulary: Vocabulary, executor: Any, filters: Any) -> None:
+    arguments = {"max_new_tokens": 25, "seed": 4, "logit_bias": {END: -math.inf}, **filters}
+    one = job(vocabulary, "regex", r"(.|\n)*", stop_ids=(), **arguments)
+    [[with_it], [without]] = complete(executor, [one, free(one)])
+    assert with_it.token_ids == without.token_ids
+
+
+def test_a_constraint_that_the_text_meets_anyway(vocabulary: Vocabulary, executor: Any) -> None:
+    """Without filters it changes nothing."""
+    [[text]] = complete(executor, [free(job(vocabulary, "regex", "x", stop_ids=(), max_new_tokens=9, seed=4))])
+    regex = re.escape(text.text) + "|[a-z]{30}"
+    one = job(vocabulary, "regex", regex, stop_ids=(), max_new_tokens=9, seed=4)
+    assert only_text(complete(executor, [one])).token_ids == text.token_ids
+
+
+def test_forks_go_their_own_way(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.compile("regex", "ab|cd", []).fork()
+    forks = [constraint.fork(), constraint.fork()]
+    for fork, text in zip(forks, (b"ab", b"cd"), strict=True):
+        assert fork.allows(text[0])
+        fork.accept(text[0])
+        assert [fork.allows(i) for i in b"abcd"] == [i == text[1] for i in b"abcd"]
+    assert [constraint.allows(i) for i in b"abcd"] == [True, False, True, False]
 
 
 REFUSED = [

@@ -13,11 +13,11 @@ cdef enum:
     LANES = 8  # partial sums side by side: one alone would wait for each addition
 
 
-def uniform(uint64_t seed, uint32_t sample_index, uint64_t position) -> float:
+def uniform(uint64_t seed, uint32_t sample_index, uint64_t position, uint32_t attempt=0) -> float:
     """A number in [0, 1) that depends on its arguments alone: Philox4x32-10 (Salmon et al. 2011), 53 bits of it."""
     cdef uint32_t words[4]
     words[0], words[1] = <uint32_t> position, <uint32_t> (position >> 32)
-    words[2], words[3] = sample_index, 0
+    words[2], words[3] = sample_index, attempt
     philox(words, <uint32_t> seed, <uint32_t> (seed >> 32))
     cdef uint64_t bits = (<uint64_t> words[1] << 32) | words[0]
     return <double> (bits >> 11) * (1.0 / 9007199254740992.0)  # 2^-53

@@ -45,5 +45,8 @@ class Workspace:
     ) -> tuple[Ids, NDArray[np.float64]]: ...
 
 def draw_rows(
-    works: list[Workspace], logits: list[Floats], asked: NDArray[np.float64]
+    works: list[Workspace],
+    logits: list[Floats],
+    asked: NDArray[np.float64],
+    masks: list[tuple[NDArray[np.uint32], Ids]] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...

@@ -40,6 +40,7 @@ cdef class Workspace:
     """
 
     cdef readonly int64_t vocab_size
+    cdef int64_t n_left  # the most tokens that the last `mask` can have left
     cdef float[::1] adjusted, masked, kept, weights, values, masses, maxima
     cdef double[::1] sums
     cdef int32_t[::1] kept_ids, counts
@@ -51,6 +52,7 @@ cdef class Workspace:
         self.vocab_size = vocab_size
         self.adjusted = np.empty(vocab_size, np.float32)  # what `adjust` returns
         self.masked = np.empty(vocab_size, np.float32)  # what `mask` returns
+        self.n_left = vocab_size
         self.kept = np.empty(vocab_size, np.float32)  # the logits that top_k left, ascending in token id
         self.kept_ids = np.empty(vocab_size, np.int32)
         self.weights = np.empty(vocab_size, np.float32)  # the distribution that is drawn from, times a constant
@@ -167,20 +169,23 @@ cdef class Workspace:
 
         Bit i % 32 of word i // 32 is that of token i; for the tokens of `end_ids` it is the bit after the last token's.
         """
-        cdef int64_t n = self.vocab_size, n_word = n // 32 + 1, i
         self.check(logits)
-        check_ids(end_ids, n)
-        if bits.shape[0] != n_word:
-            raise ArgumentError(f"bits: expected {n_word} words, got {bits.shape[0]}")
-        cdef float *out = &self.masked[0]
-        cdef const float *x = &logits[0]
-        cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
+        check_mask(bits, end_ids, self.vocab_size)
         with nogil:
-            for i in range(n_word):
-                where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
-            for i in range(end_ids.shape[0]):
-                out[end_ids[i]] = x[end_ids[i]] if ends else -INFINITY
+            self.mask_row(&logits[0], &bits[0], &end_ids[0] if end_ids.shape[0] else NULL, end_ids.shape[0])
         return np.asarray(self.masked)
+
+    cdef void mask_row(self, const float *x, const uint32_t *bits, const int32_t *end_ids, int64_t n_end) noexcept nogil:
+        """What `mask` does, to self.masked."""
+        cdef float *out = &self.masked[0]
+        cdef int64_t n = self.vocab_size, i
+        cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
+        self.n_left = n_end
+        for i in range(n // 32 + 1):
+            where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
+            self.n_left += n_ones(bits[i])
+        for i in range(n_end):
+            out[end_ids[i]] = x[end_ids[i]] if ends else -INFINITY
 
     cdef int64_t keep_top(self, const float *x, int64_t k) noexcept nogil:
         """Moves the k largest logits, and those that tie with the k-th, to self.kept and self.kept_ids: how many.
@@ -207,14 +212,15 @@ cdef class Workspace:
         are in self.kept_ids, if top_k has left only those.
         """
         cdef float *weights = &self.weights[0]
-        cdef int64_t n = self.vocab_size
+        cdef int64_t n = self.vocab_size, top_k = f.top_k, i
         cdef float least = INFINITY, low  # the lowest logit that stays in any case; the lowest weight
-        cdef int64_t i
         cdef double scale = inverse(f.temperature)
         if f.n_least > 1 and (f.top_p < 1.0 or f.min_p > 0.0):
             bounds(&self.kept[0], self.keep_top(x, f.n_least), &top, &least)
-        if f.top_k > 0 and max(f.top_k, f.n_least) < n:
-            n = self.keep_top(x, max(f.top_k, f.n_least))
+        if x == &self.masked[0] and self.n_left < n // 8:  # those few: the others would weigh nothing
+            top_k = min(top_k, self.n_left) if top_k else self.n_left
+        if top_k > 0 and max(top_k, f.n_least) < n:
+            n = self.keep_top(x, max(top_k, f.n_least))
             x = &self.kept[0]
         kernels().exp_sum(x, n, top, <float> scale, weights)
         if f.top_p < 1.0:
@@ -297,9 +303,18 @@ cdef class Workspace:
         return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
+# Bit i alone: a table, since shifts by as many different counts can't be done side by side on every CPU.
+cdef uint32_t[32] BIT
+for _i in range(32):
+    BIT[_i] = <uint32_t> 1 << _i
+
+
 # One row of many that are drawn from at once.
 cdef struct Row:
     const float *x
+    const uint32_t *bits  # what `Workspace.mask` takes, or NULL
+    const int32_t *end_ids
+    int64_t n_end
     Filters filters
     double uniform
     double total  # the logits' logsumexp, NaN where they can't be used
@@ -311,18 +326,20 @@ cdef struct DrawTask:
     int64_t n_row
 
 
-def draw_rows(list works, list logits, const double[:, ::1] asked):
+def draw_rows(list works, list logits, const double[:, ::1] asked, list masks=None):
     """The next tokens of many samples, on a thread for each of `works`, which are of one vocab_size.
 
     logits are float32 [vocab_size] each; asked is float64 [n, 5]: temperature (0 for the largest logit), top_k, top_p,
-    min_p, uniform, as `Workspace.draw` has them. Returns token ids, int64 [n], and the logits' logsumexp, float64 [n]: NaN
-    where a row can't be used.
+    min_p, uniform, as `Workspace.draw` has them; masks are bits and end_ids of each, as `Workspace.mask` has them. Returns
+    token ids, int64 [n], -1 where there is none, and the logits' logsumexp, float64 [n], NaN where a row can't be used.
     """
     cdef int64_t n = len(logits), i
     cdef Block pointers = Block(len(works) * sizeof(void *), "sampling"), rows = Block(n * sizeof(Row), "sampling")
     cdef DrawTask task
     cdef Workspace work
     cdef const float[::1] x
+    cdef const uint32_t[::1] bits
+    cdef const int32_t[::1] end_ids
     cdef Row *row
     task.works, task.rows, task.n_row = <void **>pointers.data, <Row *>rows.data, n
     for i, work in enumerate(works):
@@ -330,7 +347,12 @@ def draw_rows(list works, list logits, const double[:, ::1] asked):
     for i in range(n):
         x, row = logits[i], &task.rows[i]
         work.check(x)
-        row.x, row.uniform = &x[0], asked[i, 4]
+        row.x, row.uniform, row.bits = &x[0], asked[i, 4], NULL
+        if masks is not None:
+            bits, end_ids = masks[i]
+            check_mask(bits, end_ids, work.vocab_size)
+            row.bits, row.n_end = &bits[0], end_ids.shape[0]
+            row.end_ids = &end_ids[0] if row.n_end else NULL
         row.filters = filters_of(asked[i, 0], <int64_t>asked[i, 1], asked[i, 2], asked[i, 3], 1)
     run(len(works), 1, draw_body, &task)
     token_ids, totals = np.empty(n, np.int64), np.empty(n, np.float64)
@@ -349,13 +371,17 @@ cdef void draw_body(void *context, Worker *worker) noexcept nogil:
 
 
 cdef void draw_row(Workspace work, Row *row) noexcept nogil:
-    cdef float top = kernels().max(row.x, work.vocab_size)
-    row.total, row.token_id = log_sum_exp(row.x, work.vocab_size), -1
-    if row.total == row.total:
-        if row.filters.temperature == 0.0:
-            row.token_id = first_of(row.x, top)
-        else:
-            row.token_id = work.draw_from(row.x, top, &row.filters, row.uniform)
+    cdef const float *x = row.x
+    cdef float top
+    row.total, row.token_id = log_sum_exp(x, work.vocab_size), -1
+    if row.total != row.total:
+        return
+    if row.bits:
+        work.mask_row(x, row.bits, row.end_ids, row.n_end)
+        x = &work.masked[0]
+    top = kernels().max(x, work.vocab_size)
+    if top > -INFINITY:
+        row.token_id = work.draw_from(x, top, &row.filters, row.uniform) if row.filters.temperature else first_of(x, top)
 
 
 cdef Filters filters_of(double temperature, int64_t top_k, double top_p, double min_p, int64_t n_least) noexcept nogil:
@@ -384,17 +410,25 @@ cdef void repeated(float *x, int32_t *seen, int32_t token_id, float penalty) noe
 
 
 cdef void where(uint32_t bits, const float *x, float *out, int64_t n) noexcept nogil:
-    """out[i] = x[i] where bit i is 1, else -inf. Most words are all 0 or all 1."""
+    """out[i] = x[i] where bit i is 1, else -inf."""
     cdef int64_t i
-    if bits == 0xFFFFFFFFU:
-        memcpy(out, x, n * sizeof(float))
-        return
+    cdef float value
     for i in range(n):
-        out[i] = -INFINITY
-    if bits != 0:
-        for i in range(n):
-            if (bits >> i) & 1:
-                out[i] = x[i]
+        value = x[i]
+        out[i] = value if bits & BIT[i] else -INFINITY
+
+
+cdef int check_mask(const uint32_t[::1] bits, const int32_t[::1] end_ids, int64_t vocab_size) except -1:
+    check_ids(end_ids, vocab_size)
+    if bits.shape[0] != vocab_size // 32 + 1:
+        raise ArgumentError(f"bits: expected {vocab_size // 32 + 1} words, got {bits.shape[0]}")
+    return 0
+
+
+cdef int64_t n_ones(uint32_t bits) noexcept nogil:
+    bits -= (bits >> 1) & 0x55555555U
+    bits = (bits & 0x33333333U) + ((bits >> 2) & 0x33333333U)
+    return (((bits + (bits >> 4)) & 0x0F0F0F0FU) * 0x01010101U) >> 24
 
 
 cdef void drop(float *weights, const float *x, int64_t n, float low) noexcept nogil:
