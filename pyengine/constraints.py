@@ -93,10 +93,6 @@ class Constraint:
         if token_id not in self._end_ids and not self._matcher.consume_token(token_id):
             raise ArgumentError(f"{self.name}: token {token_id} may not come here: {_reason(self._matcher)}")
 
-    def rollback(self, token_ids: Iterable[int]) -> None:
-        """Goes back to before these tokens, the last that were accepted."""
-        self._matcher.rollback(sum(token_id not in self._end_ids for token_id in token_ids))
-
     @property
     def complete(self) -> bool:
         """Whether the text is over: it matches, and nothing may follow."""

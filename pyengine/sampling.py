@@ -84,13 +84,6 @@ class Adjustments:
         if self.constraint:
             self.constraint.accept(token_id)
 
-    def rollback(self, n: int) -> None:
-        """Takes the last n generated tokens back."""
-        first = len(self.generated) - n
-        if self.constraint:
-            self.constraint.rollback(self.generated[first:])
-        del self.generated[first:]
-
     def fork(self) -> Adjustments:
         """Those of another text with the same beginning."""
         fork = copy.copy(self)

@@ -277,27 +277,25 @@ def allowed(adjustments: Adjustments, work: Workspace) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_forks_and_rollback(vocabulary: Vocabulary, name: str, value: Any) -> None:
-    """After each token: a fork goes its own way, and going back by n tokens is the state of n tokens ago."""
+def test_forks_go_their_own_way(vocabulary: Vocabulary, name: str, value: Any) -> None:
+    """A fork after n tokens allows what its origin did then, however far that went, and comes to the same end."""
     one = job(vocabulary, name, value)
     rng, work = np.random.default_rng(1), Workspace(N)
     adjustments = Adjustments(one.params, PROMPT, one.constraint)
-    states = [allowed(adjustments, work)]
+    forks, states = [adjustments.fork()], [allowed(adjustments, work)]
     while not adjustments.complete and len(states) < 60 and adjustments.generated[-1:].tolist() != [END]:
         row = np.frombuffer(states[-1], np.float32)
         adjustments.append(int(rng.choice(np.flatnonzero(row == 0))))
         if adjustments.generated[-1] != END and not adjustments.complete:
+            forks.append(adjustments.fork())
             states.append(allowed(adjustments, work))
     generated = adjustments.generated.tolist()
-    last = adjustments.fork()
-    for n in (len(generated), 3, 1):
-        other = adjustments.fork()
-        other.rollback(n)
-        assert (other.generated.tolist(), other.complete) == (generated[:-n], False)
-        assert allowed(other, work) == states[len(generated) - n]
-        for token_id in generated[-n:]:
-            other.append(token_id)
-        assert other.complete == last.complete
+    for n, (fork, state) in enumerate(zip(forks, states, strict=True)):
+        assert (fork.generated.tolist(), fork.complete) == (generated[:n], False)
+        assert allowed(fork, work) == state
+        for token_id in generated[n:]:
+            fork.append(token_id)
+        assert fork.complete == adjustments.complete
     assert adjustments.generated.tolist() == generated
 
 
