@@ -19,9 +19,9 @@ def test_worth_is_the_best_number_of_guesses() -> None:
     for _ in range(300):
         p, cost, n = rng.random(), 0.3 * rng.random(), int(rng.integers(1, 12))
         gain = [1.05, *(sum(p**i for i in range(k + 1)) / (1 + k * cost) for k in range(1, n + 1))]
-        assert worth([p], 0, cost, n) == int(np.argmax(gain))
-    assert worth([0.0, 1.0, 0.5], 1, 0.0, 5) == 5
-    assert worth([0.0, 1.0, 0.0], 1, 0.0, 5) == 1
+        assert worth([p], 0, cost, n) == (int(np.argmax(gain)), pytest.approx(max(gain)))
+    assert worth([0.0, 1.0, 0.5], 1, 0.0, 5) == (5, 1 + 1 + 1 / 2 + 1 / 4 + 1 / 8 + 1 / 16)
+    assert worth([0.0, 1.0, 0.0], 1, 0.0, 5) == (1, 2)
 
 
 def test_worth_of_a_guess_beside_other_texts() -> None:
@@ -30,9 +30,9 @@ def test_worth_of_a_guess_beside_other_texts() -> None:
         pace = n_row / (1 + (n_row - 1) * row_cost)
         with_one = (n_row + p) / (1 + n_row * row_cost)
         if not 1 < with_one / pace < 1.06:  # the margin is taken of one text
-            assert bool(worth([p], 0, shared(row_cost, row_cost, n_row), 1)) == (with_one > pace) or n_row > 1
+            assert bool(worth([p], 0, shared(row_cost, row_cost, n_row), 1)[0]) == (with_one > pace) or n_row > 1
         if with_one < pace:
-            assert worth([p], 0, shared(row_cost, row_cost, n_row), 8) == 0
+            assert worth([p], 0, shared(row_cost, row_cost, n_row), 8)[0] == 0
 
 
 def looked_up(prompt: list[int], generated: list[int], n: int = 5, cost: float = 0.0) -> list[int]:
