@@ -57,7 +57,9 @@ def main() -> None:
     model = pyengine.load(arguments.model, dtype=arguments.dtype)
     how: dict[str, Any] = {"prompt_lookup_num_tokens": 10}
     if arguments.assistant:
-        how = {"assistant_model": pyengine.load(arguments.assistant, dtype=arguments.assistant_dtype)}
+        # Without a prefix cache each text is new to it, also in later rounds.
+        assistant = pyengine.load(arguments.assistant, dtype=arguments.assistant_dtype, prefix_cache=False)
+        how = {"assistant_model": assistant}
     for kind, (prompts, params) in kinds(Path(arguments.prose).read_text()).items():
         if not kind.startswith(arguments.kinds):
             continue

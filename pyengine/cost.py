@@ -34,6 +34,7 @@ class Cost:
     head_flops: int  # of the head, for a token whose logits are wanted
     attention_flops_per_position: int  # for a token, times the positions that it looks at
     step_seconds: float  # of a step of one row, about, on the machine that the README tells of: to weigh things up
+    cold_seconds: float  # of such a step where another model's weights have taken the caches meanwhile
     row_seconds: float  # of each further row, while they are few
 
 
@@ -91,6 +92,7 @@ def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
         head_flops=head,
         attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
         step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if decode_bytes <= CACHE_BYTES else MEMORY_SPEED),
+        cold_seconds=OVERHEAD + decode_bytes / MEMORY_SPEED,
         row_seconds=ROW_OVERHEAD + flops / OPERATIONS[dtype],
     )
 

@@ -27,7 +27,7 @@ from .params import LogitsProcessor, SamplingParams
 from .runner import Request, Runner, Stream, wait_all
 from .scheduler import Scheduler, Stats, stats
 from .scoring import Logits, Score, Scoring
-from .speculation import Speculation
+from .speculation import Experience, Speculation
 from .state import State, window_of
 from .tokenizer import Tokenizer
 from .window import Window
@@ -61,7 +61,8 @@ class Model:
         self.plan = self.executor.plan
         self.runner = Runner(scheduler)
         self._work = Workspace(self.plan.vocab_size)  # for the thread that steps
-        self._assistants: weakref.WeakSet[Model] = weakref.WeakSet()  # those that were checked
+        # Those that were checked, and what is known of them, by temperature
+        self._assistants: weakref.WeakKeyDictionary[Model, dict[float, Experience]] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"<pyengine.Model {self.plan.model_type}, {self.cost.n_parameter:,} parameters, {self.dtype}>"
@@ -329,7 +330,8 @@ class Model:
 
     def _speculation(self, params: SamplingParams, assistant: Model | None) -> Speculation | None:
         """How the text of a request is guessed ahead."""
-        num_tokens, row_cost = params.prompt_lookup_num_tokens, self.cost.row_seconds / self.cost.step_seconds
+        num_tokens, step = params.prompt_lookup_num_tokens, self.cost.step_seconds
+        row_cost = self.cost.row_seconds / step
         if assistant is None:
             return None if num_tokens is None else Speculation(num_tokens, row_cost)
         if not isinstance(assistant, Model):
@@ -339,9 +341,16 @@ class Model:
                 raise ArgumentError(f"assistant_model: expected none with {name}={getattr(params, name)}")
         if assistant not in self._assistants:
             self._check_assistant(assistant)
-            self._assistants.add(assistant)
-        share = assistant.cost.step_seconds / self.cost.step_seconds
-        return Speculation(ASSISTANT_TOKENS, row_cost, assistant.executor, share)
+            self._assistants[assistant] = {}
+        temperature = round(params.temperature, 1) if params.samples else 0.0
+        return Speculation(
+            ASSISTANT_TOKENS,
+            row_cost,
+            assistant.executor,
+            assistant_cost=assistant.cost.cold_seconds / step,
+            assistant_row_cost=assistant.cost.row_seconds / step,
+            experience=self._assistants[assistant].setdefault(temperature, Experience()),
+        )
 
     def _check_assistant(self, assistant: Model) -> None:
         """Raises `ArgumentError` for a model whose tokens are others."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,42 @@ class Proposer(ABC):
         """Gives back what others may need; it can go on."""
 
 
+@dataclass
+class Frequency:
+    """How often something happens, by what was believed at first and has been seen lately."""
+
+    mean: float
+    memory: int  # how much of what was seen counts
+    n_seen: int = BELIEF
+
+    def see(self, happened: bool) -> None:
+        """It did happen this time, or didn't."""
+        self.mean += (happened - self.mean) / self.n_seen
+        self.n_seen = min(self.n_seen + 1, self.memory)
+
+
+class Experience:
+    """What texts alike know of an assistant: how often it is right, and what trying it may still cost them.
+
+    The credit is in steps of one row. Their tokens and right guesses are its income; what the assistant reads and
+    guesses is paid from it, and without credit it reads nothing, be it to begin a text or to go on after a pause. So
+    where guesses never help they take SHARE of the time, and once the first credit and a last reading.
+    """
+
+    SHARE = 0.02
+    CREDIT = 16.0, 64.0  # at first, and at most: what paid once is no reason to lose much later
+    HOPE = 0.8  # how often a good assistant is right; believed at first
+    MEMORY = 256  # guesses that what is known of them goes back to
+
+    def __init__(self) -> None:
+        self.credit = self.CREDIT[0]
+        self.right = Frequency(self.HOPE, self.MEMORY)
+
+    def add(self, steps: float) -> None:
+        """An income, or what was spent."""
+        self.credit = min(self.credit + steps, self.CREDIT[1])
+
+
 @dataclass(frozen=True)
 class Speculation:
     """How a model's texts are guessed ahead; costs are in steps of one row."""
@@ -56,7 +92,9 @@ class Speculation:
     num_tokens: int  # most guesses at a time
     row_cost: float  # of one more row in a step
     assistant: Executor | None = None  # that of the model which guesses; without one the text itself is looked up
-    assistant_cost: float = 0.0  # of a token of the assistant
+    assistant_cost: float = 0.0  # of a step of the assistant, between steps of the model
+    assistant_row_cost: float = 0.0  # of one more row in it
+    experience: Experience = field(default_factory=Experience)
 
     def proposer(self, prompt_ids: Ids, sampler: Sampler) -> Proposer:
         """What guesses for a text that `sampler` draws."""
@@ -65,8 +103,9 @@ class Speculation:
         return DraftModel(self, self.assistant, prompt_ids, sampler)
 
 
-def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> int:
-    """How many guesses to make, at most n: as long as one more brings more tokens for the time.
+def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> tuple[int, float]:
+    """How many guesses to make, at most n: as long as one more brings more tokens for the time; and how many times as
+    many as without that is.
 
     hits[at + i] is how probably guess i is right if those before it are; the last one stands for all that follow. A
     step of k guesses costs 1 + k cost, and brings 1 + hits[at] + hits[at] hits[at + 1] + … tokens.
@@ -77,9 +116,9 @@ def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> int:
         expected += reached
         rate = expected / (1 + k * cost)
         if rate <= best:
-            return k - 1
+            return k - 1, best
         best = rate
-    return n
+    return n, best
 
 
 def shared(cost: float, row_cost: float, n_row: int) -> float:
@@ -120,7 +159,7 @@ class PromptLookup(Proposer):
         for token_id in generated[len(self.text) - self.n_prompt :]:
             self._append(token_id)
         cost = shared(self.row_cost, self.row_cost, n_row)
-        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens)) if self.source else 0
+        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens))[0] if self.source else 0
         if n == 0:  # to ask it at each step would cost a small model more than it brings
             self.awake_at = len(generated) + self.rest
             self.rest = min(2 * self.rest, self.MOST_REST)
@@ -163,12 +202,13 @@ class PromptLookup(Proposer):
 class DraftModel(Proposer):
     """Guesses what another model would say: tokens that the sampler draws from its logits by the same random numbers.
 
-    The model's executor runs here, in the thread that steps. While its guesses don't pay it tries again after pauses
-    that grow.
+    The model's executor runs here, in the thread that steps. It begins to read where it may be hoped that what is left
+    of the text will pay for that. While its guesses don't pay it tries again after pauses that grow. To read it needs
+    credit, which is spent for all of a reading at once.
     """
 
     CHUNK = 128  # tokens of the text that it reads at a time
-    PROBE = 2  # guesses of a try
+    PROBE = 2  # most guesses of a try
     PAUSE = 32, 1024  # tokens of the text: the first pause, the longest
 
     def __init__(self, speculation: Speculation, executor: Executor, prompt_ids: Ids, sampler: Sampler) -> None:
@@ -177,38 +217,61 @@ class DraftModel(Proposer):
         self.text = array("i", prompt_ids.tolist())
         self.sequence = executor.new_sequence()
         self.n_certain = 0  # positions of the sequence that are known to be the text's
-        self.hits = [0.5]  # believed at first, but not for long: a wrong guess costs a step of the assistant
-        self.n_seen = 2
+        self.n_charged = 0  # tokens of the text that it has paid for reading
+        self.right = Frequency(speculation.experience.right.mean, MEMORY)  # how often a guess is
         self.pause = self.PAUSE[0]
-        self.resume = 0  # the length of text at which it goes on
 
     def propose(self, generated: array[int], n: int, n_row: int = 1) -> list[int]:
-        self.text.extend(generated[len(self.text) - self.n_prompt :])
-        if len(self.text) < self.resume:
+        how, experience = self.speculation, self.speculation.experience
+        new = generated[len(self.text) - self.n_prompt :]
+        self.text.extend(new)
+        experience.add(experience.SHARE * len(new))
+        n = min(n, how.num_tokens, self.executor.max_seq_len + 1 - len(self.text))  # the last guess doesn't run
+        if n <= 0:
             return []
-        how = self.speculation
-        cost = shared(how.row_cost + how.assistant_cost, how.row_cost, n_row)
-        n_worth = worth(self.hits, 0, cost, min(n, how.num_tokens))
-        if n_worth:
-            self.pause = self.PAUSE[0]
-        else:
-            n_worth = min(self.PROBE, n, how.num_tokens)
-            self.resume = len(self.text) + self.pause
-            self.pause = min(2 * self.pause, self.PAUSE[1])
         try:
-            return self._guess(n_worth)
+            pending = self._pending()
+            n_read = max(len(self.text) - max(self.n_charged, self.n_certain) - 2, 0)  # two run with the first guess
+            reading = n_read * how.assistant_row_cost + n_read // self.CHUNK * how.assistant_cost
+            reading = shared(reading, how.row_cost, n_row)
+            cost = shared(how.row_cost + how.assistant_cost, how.row_cost, n_row)
+            n_guess = self._paying(self.right.mean, n, cost, reading)
+            believed = n_guess > 0
+            if not believed:
+                n_guess = min(self._paying(experience.HOPE, n, cost, reading), self.PROBE)
+            if not n_guess or (experience.credit <= 0 and (n_read or not self.n_charged)):
+                self._rest(len(generated))
+                return []
+            experience.add(-reading)
+            self.n_charged = len(self.text)
+            if len(pending) > self.CHUNK:
+                self._step(pending[: self.CHUNK], 0, 0)
+                return []
+            if believed:
+                self.pause = self.PAUSE[0]
+            else:
+                self._rest(len(generated))
+            experience.add(-n_guess * cost)
+            return self._guess(pending, n_guess)
         except (NoPages, OutOfMemoryError, NonFiniteError, StepStopped):
             self.close()
             return []
 
-    def _guess(self, n: int) -> list[int]:
-        n = min(n, self.executor.max_seq_len + 1 - len(self.text))  # the last guess doesn't run
-        if n <= 0:
-            return []
-        pending = self._pending()
-        if len(pending) > self.CHUNK:
-            self._step(pending[: self.CHUNK], 0, 0)
-            return []
+    def _paying(self, right: float, n: int, cost: float, reading: float) -> int:
+        """How many guesses to make, at most n, if they are right so often; none if the text's rest won't pay for what
+        is to be read first.
+        """
+        n_guess, pace = worth([right], 0, cost, n)
+        n_left = self.sampler.params.max_new_tokens + self.n_prompt - len(self.text)
+        n_left = min(n_left, self.executor.max_seq_len + 1 - len(self.text))
+        return n_guess if n_left * (1 - 1 / pace) > reading else 0
+
+    def _rest(self, n_generated: int) -> None:
+        self.right.n_seen = BELIEF  # what it knows gets old
+        self.awake_at = n_generated + self.pause
+        self.pause = min(2 * self.pause, self.PAUSE[1])
+
+    def _guess(self, pending: Ids, n: int) -> list[int]:
         guesses = array("i")
         while len(guesses) < n:
             [logits] = self._step(pending, 1, len(guesses))
@@ -233,10 +296,11 @@ class DraftModel(Proposer):
         return np.array(text[n:], np.int32)
 
     def observe(self, n_proposed: int, n_accepted: int) -> None:
+        self.speculation.experience.add(n_accepted)
         for i in range(min(n_accepted + 1, n_proposed)):
-            self.hits[0] += ((i < n_accepted) - self.hits[0]) / self.n_seen
-            self.n_seen = min(self.n_seen + 1, MEMORY)
+            for right in (self.right, self.speculation.experience.right):
+                right.see(i < n_accepted)
 
     def close(self) -> None:
         self.sequence.close()
-        self.n_certain = 0
+        self.n_certain = self.n_charged = 0

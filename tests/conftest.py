@@ -4,6 +4,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from checkpoints import write_checkpoint
+from guesses import CONTEXT
+
+import pyengine
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and Python then has no handler for it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -18,3 +22,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the reference data in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint, for whose text others guess."""
+    config = {"n_embd": 48, "n_head": 3, "n_layer": 2, "n_positions": CONTEXT, "vocab_size": 300}
+    return write_checkpoint(tmp_path_factory.mktemp("target"), config)
+
+
+@pytest.fixture(params=["float32", "int8"])
+def target(request: pytest.FixtureRequest, target_folder: Path) -> pyengine.Model:
+    """The model of it."""
+    return pyengine.load(target_folder, dtype=request.param, threads=2)

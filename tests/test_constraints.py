@@ -182,15 +182,16 @@ def test_every_text_that_ends_matches(vocabulary: Vocabulary, executor: Any, nam
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"temperature": 0}])
 def test_the_same_text_alone_in_a_batch_and_among_samples(
-    vocabulary: Vocabulary, executor: Any, name: str, value: Any
+    vocabulary: Vocabulary, executor: Any, name: str, value: Any, filters: dict[str, Any]
 ) -> None:
-    one = job(vocabulary, name, value, seed=3, num_return_sequences=3)
+    one = job(vocabulary, name, value, seed=3, num_return_sequences=3, **filters)
     others = [job(vocabulary, "regex", r"[a-z]{5,30}", seed=seed) for seed in range(3)]
     [alone] = complete(executor, [one])
     batch = complete(executor, [others[0], one, free(one), *others[1:]], max_batch=4)[1]
     assert [text.token_ids for text in batch] == [text.token_ids for text in alone]
-    single = complete(executor, [job(vocabulary, name, value, seed=3)])[0][0]
+    single = complete(executor, [job(vocabulary, name, value, seed=3, **filters)])[0][0]
     assert single.token_ids == alone[0].token_ids
 
 
@@ -335,6 +336,15 @@ def test_a_constraint_that_the_text_meets_anyway(vocabulary: Vocabulary, executo
     regex = re.escape(text.text) + "|[a-z]{30}"
     one = job(vocabulary, "regex", regex, stop_ids=(), max_new_tokens=9, seed=4)
     assert only_text(complete(executor, [one])).token_ids == text.token_ids
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_a_fork_stays_where_it_was(vocabulary: Vocabulary, name: str, value: Any) -> None:
+    """It allows what its origin did then, however far that went."""
+    work, row = Workspace(N), np.zeros(N, np.float32)
+    forks = [(constraint.fork(), mask) for constraint, mask, _ in random_texts(vocabulary, name, value)]
+    for fork, mask in forks:
+        assert np.array_equal(np.isfinite(fork.mask(work, row)), mask)
 
 
 def test_forks_go_their_own_way(vocabulary: Vocabulary) -> None:

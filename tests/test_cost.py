@@ -72,4 +72,6 @@ def test_what_a_row_adds_to_a_step() -> None:
     shares = {dtype: one.row_seconds / one.step_seconds for dtype, one in large.items()}
     assert all(0.02 < share < 0.12 for share in shares.values())
     assert 0.06 < demo.row_seconds / demo.step_seconds < 0.15
+    assert demo.cold_seconds > 1.3 * demo.step_seconds  # it comes from caches, unless another model has taken them
+    assert all(one.cold_seconds == one.step_seconds for one in large.values())
     assert large["int4"].step_seconds < large["int8"].step_seconds < 0.3 * large["float32"].step_seconds
