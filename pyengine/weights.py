@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._native.matmul import PackedMatrix
+from ._native.memory import Arena
 from .checkpoint import Checkpoint, TensorInfo
 from .cost import matrix_dtypes
 from .equalize import POWER, Scales, equalize
@@ -106,8 +107,9 @@ def load_weights(
     total = sum(tensors[name].nbytes for name in plan.matrices)
     done = 0
     matrices = {}
+    arena = Arena()
     for name, spec in plan.matrices.items():
-        matrix = matrices[name] = PackedMatrix(spec.n_out, spec.n_in, dtypes[name])
+        matrix = matrices[name] = PackedMatrix(spec.n_out, spec.n_in, dtypes[name], arena)
         for first, raw in reader.slabs(name):
             bad = matrix.pack(
                 raw, tensors[name].dtype, spec.layout, first, scales.ins.get(name), scales.outs.get(name), threads

@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import Block
+from .memory import Arena, Block
 
 DTYPES: tuple[str, ...]
 
@@ -9,7 +9,7 @@ class PackedMatrix:
     dtype: str
     n_out: int
     n_in: int
-    def __init__(self, n_out: int, n_in: int, dtype: str) -> None: ...
+    def __init__(self, n_out: int, n_in: int, dtype: str, arena: Arena | None = None) -> None: ...
     @property
     def n_panel(self) -> int: ...
     @property

@@ -10,7 +10,7 @@ from .kernels cimport (
     PE_ACT_NONE, PE_BF16, PE_F16, PE_F32, PE_GROUP, PE_LANES, PE_Q4_GROUP, pe_activation, pe_dtype, pe_kernels, pe_output,
     pe_rows_q8,
 )
-from .memory cimport Block
+from .memory cimport Arena, Block
 from .parallel cimport Share, Worker, claim, claim_rows, run, share_of, sync
 from .simd cimport kernels
 
@@ -49,7 +49,7 @@ cdef struct PackTask:
 cdef class PackedMatrix:
     """A weight [n_out, n_in] in panels of 16 output columns, as csrc/kernels.h lays them out; `dtype` is one of DTYPES."""
 
-    def __cinit__(self, int64_t n_out, int64_t n_in, str dtype):
+    def __cinit__(self, int64_t n_out, int64_t n_in, str dtype, Arena arena=None):
         if dtype not in DTYPES:
             raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.n_out, self.n_in, self.dtype = n_out, n_in, dtype
@@ -57,23 +57,23 @@ cdef class PackedMatrix:
         what = f"weight [{n_out}, {n_in}] in {dtype}"
         if dtype == "float32":
             self.format, self.input = F32, FLOAT32
-            self.panels = Block(columns * n_in * sizeof(float), what)
+            self.panels = Block(columns * n_in * sizeof(float), what, arena)
             self.f32.panels, self.f32.k = <const float *>self.panels.data, n_in
         elif dtype == "bfloat16":
             self.format, self.input = BF16, BFLOAT16
-            self.panels = Block(columns * whole(n_in, 2) * sizeof(uint16_t), what)
+            self.panels = Block(columns * whole(n_in, 2) * sizeof(uint16_t), what, arena)
             self.bf16.panels, self.bf16.k = <const uint16_t *>self.panels.data, n_in
         elif dtype == "int8":
             self.format, self.input = Q8, INT8
-            self.panels = Block(columns * whole(n_in, 4), what)
-            self.column_sum = Block(columns * (whole(n_in, PE_GROUP) // PE_GROUP) * sizeof(int16_t), what)
-            self.scale = Block(columns * sizeof(float), what)
+            self.panels = Block(columns * whole(n_in, 4), what, arena)
+            self.column_sum = Block(columns * (whole(n_in, PE_GROUP) // PE_GROUP) * sizeof(int16_t), what, arena)
+            self.scale = Block(columns * sizeof(float), what, arena)
             self.q8.panels, self.q8.k = <const int8_t *>self.panels.data, n_in
             self.q8.column_sum, self.q8.scale = <const int16_t *>self.column_sum.data, <const float *>self.scale.data
         else:
             self.format, self.input = Q4, INT8
-            self.panels = Block(columns * whole(n_in, PE_Q4_GROUP) // 2, what)
-            self.scale = Block(columns * (whole(n_in, PE_Q4_GROUP) // PE_Q4_GROUP) * sizeof(uint16_t), what)
+            self.panels = Block(columns * whole(n_in, PE_Q4_GROUP) // 2, what, arena)
+            self.scale = Block(columns * (whole(n_in, PE_Q4_GROUP) // PE_Q4_GROUP) * sizeof(uint16_t), what, arena)
             self.q4.panels, self.q4.k = <const uint8_t *>self.panels.data, n_in
             self.q4.scale = <const uint16_t *>self.scale.data
 

@@ -20,6 +20,23 @@ static inline void *pe_allocate(size_t size)
 static inline void pe_free(void *p) { free(p); }
 #endif
 
+/* The same in huge pages where the system has them: weights are more memory than a processor remembers small pages of, and each
+ * look-up of one holds up the stream. */
+#if defined(__linux__)
+#include <sys/mman.h>
+#define PE_HUGE_PAGE ((size_t)1 << 21)
+static inline void *pe_allocate_huge(size_t size)
+{
+    void *p = NULL;
+    if (posix_memalign(&p, PE_HUGE_PAGE, size))
+        return NULL;
+    madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+#else
+static inline void *pe_allocate_huge(size_t size) { return pe_allocate(size); }
+#endif
+
 #if defined(__GNUC__) || defined(__clang__)
 #define PE_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 #else

@@ -3,29 +3,68 @@
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from ..errors import OutOfMemoryError
 
 cdef extern from "memory.h" nogil:
     void *pe_allocate(size_t)
+    void *pe_allocate_huge(size_t)
     void pe_free(void *)
+    enum: PE_ALIGNMENT
+
+
+cdef enum:
+    CHUNK = 1 << 25  # what an arena asks the system for at once; of that, only what is filled takes memory
+
+
+cdef class Arena:
+    """Memory in huge pages, of which blocks are parts. It is given back when the last of them is gone."""
+
+    def __dealloc__(self):
+        for i in range(self.n_chunk):
+            pe_free(self.chunks[i])
+        free(self.chunks)
+
+    cdef void *take(self, size_t nbytes) noexcept:
+        """A part that starts on a cache line, or NULL where there is no memory."""
+        cdef void **chunks
+        cdef void *part
+        nbytes = (nbytes + PE_ALIGNMENT - 1) // PE_ALIGNMENT * PE_ALIGNMENT
+        if nbytes > self.n_left:
+            chunks = <void **>realloc(self.chunks, (self.n_chunk + 1) * sizeof(void *))
+            if chunks == NULL:
+                return NULL
+            self.chunks = chunks
+            part = pe_allocate_huge(max(nbytes, <size_t>CHUNK))
+            if part == NULL:
+                return NULL
+            self.chunks[self.n_chunk] = self.next = <char *>part
+            self.n_chunk += 1
+            self.n_left = max(nbytes, <size_t>CHUNK)
+        part = self.next
+        self.next += nbytes
+        self.n_left -= nbytes
+        return part
 
 
 cdef class Block:
-    """`nbytes` of memory, aligned to a cache line, unfilled; `what` names it in the error when there is not enough.
+    """`nbytes` of memory, aligned to a cache line, unfilled, or a part of an arena; `what` names it in the error when there is not
+    enough.
 
     It is a buffer: memoryview(block) are its bytes.
     """
 
-    def __cinit__(self, size_t nbytes, what="memory"):
-        self.data = pe_allocate(nbytes)
+    def __cinit__(self, size_t nbytes, what="memory", Arena arena=None):
+        self.arena = arena
+        self.data = pe_allocate(nbytes) if arena is None else arena.take(nbytes)
         if self.data == NULL:
             raise OutOfMemoryError(f"{what}: {nbytes:,} bytes can't be allocated")
         self.nbytes = nbytes
 
     def __dealloc__(self):
-        if self.data != NULL:
+        if self.data != NULL and self.arena is None:
             pe_free(self.data)
 
     @property
