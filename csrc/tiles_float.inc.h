@@ -14,14 +14,15 @@ PE_INLINE rows_f32 f32_from(const rows_f32 *x, int64_t row)
 
 PE_INLINE int64_t f32_panel_bytes(const pe_weights_f32 *w) { return w->k * PE_LANES * (int64_t)sizeof(float); }
 
-/* Adds value i of k to the sums of all rows but the first `skip`. */
-PE_INLINE void add_f32(int rows, int panels, int64_t skip, const rows_f32 *x, const float *from, int64_t panel_stride, int64_t i,
-                       const char *next, vf acc[12][4])
+/* Adds the next value of k to the sums of all rows but the first `skip`. Every third row has a pointer, as in group_q8: one for
+ * each row would not fit the registers. */
+PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4], int64_t stride, const float *from,
+                       int64_t panel_stride, const char *next, vf acc[12][4])
 {
     vf column[4];
     PE_UNROLL
     for (int p = 0; p < panels; p++) {
-        column[p] = vf_load(from + p * panel_stride + i * PE_LANES);
+        column[p] = vf_load(from + p * panel_stride);
         if (rows > 2)
             PE_PREFETCH(next + p * panel_stride * (int64_t)sizeof(float));
     }
@@ -29,21 +30,30 @@ PE_INLINE void add_f32(int rows, int panels, int64_t skip, const rows_f32 *x, co
     for (int r = 0; r < rows; r++) {
         if (r < skip)
             continue;
-        vf value = vf_set(x->x[r * x->stride + i]);
+        vf value = vf_set(third[r / 3][r % 3 * stride]);
         PE_PIN(value);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = vf_mad(value, column[p], acc[r][p]);
+    }
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3) {
+        third[r / 3]++;
+        PE_HIDE(third[r / 3]);
     }
 }
 
 PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
                         pe_ahead ahead)
 {
-    const float *from = w->panels + panel * w->k * PE_LANES;
+    const int64_t stride = x->stride, panel_stride = w->k * PE_LANES;
+    const float *from = w->panels + panel * panel_stride, *third[4];
     const char *next = (const char *)from + ahead.bytes;
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3)
+        third[r / 3] = x->x + r * stride;
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -53,10 +63,10 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
             else
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
-    for (int64_t i = 0; i < x->k; i++, next += ahead.pace)
-        add_f32(rows, panels, 0, x, from, w->k * PE_LANES, i, next, acc);
-    for (int64_t i = 0; i < x->step * (rows - 1); i++)
-        add_f32(rows, panels, i + 1, x, from, w->k * PE_LANES, x->k + i, next, acc);
+    for (int64_t i = 0; i < x->k; i++, from += PE_LANES, next += ahead.pace)
+        add_f32(rows, panels, 0, third, stride, from, panel_stride, next, acc);
+    for (int64_t i = 1; i <= x->step * (rows - 1); i++, from += PE_LANES)
+        add_f32(rows, panels, i, third, stride, from, panel_stride, next, acc);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL

@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_scratch,
-    values_of,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_bf16,
+    store_scratch, values_of,
 )
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -33,9 +33,10 @@ cdef enum:
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
 cdef struct Tile:
     const float *q  # [n_query, head_dim], `stride` apart
-    int64_t stride, n_query
+    const uint16_t *q_bf16  # the same in bfloat16, q_bf16_stride apart
+    int64_t stride, q_bf16_stride, n_query
     float *block  # [64, value_width]: keys or values of a page in int8, widened
-    uint16_t *q_bf16  # [TILE, value_width]
+    uint16_t *narrowed  # [TILE, value_width]: where queries become bfloat16
     uint16_t *weights_bf16  # [TILE, 64]
     float *weights  # [TILE, 64]: scores, then the softmax's weights, unless they are in bfloat16
     float *sums  # [TILE, value_width]
@@ -59,8 +60,8 @@ cdef Tile tile_in(const PageLayout *layout, float *scratch) noexcept nogil:
         tile.block = scratch
         scratch += PE_PAGE * width
     elif layout.dtype == KV_BFLOAT16:
-        tile.q_bf16 = <uint16_t *>scratch
-        tile.weights_bf16 = tile.q_bf16 + TILE * width
+        tile.narrowed = <uint16_t *>scratch
+        tile.weights_bf16 = tile.narrowed + TILE * width
         scratch += TILE * (width + PE_PAGE) // 2
     tile.weights = scratch
     tile.sums = tile.weights + TILE * PE_PAGE
@@ -80,17 +81,20 @@ cdef inline void bounds(const Segment *segment, int64_t tile, int64_t *first, in
     end[0] = min(segment.position + segment.n_row, (segment.position // TILE + tile + 1) * TILE)
 
 
-cdef void store_rows(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t first,
-                     int64_t n, int64_t head, float *scratch) noexcept nogil:
+cdef void store_rows(const Attention *a, const Qkv *qkv, const Segment *segment, int64_t first, int64_t n, int64_t head,
+                     float *scratch) noexcept nogil:
     """Appends a kv head's keys and values of n rows of a segment, from position `first` on, which lie in one panel."""
-    cdef int64_t d = a.layout.head_dim
-    cdef const float *k = qkv + (segment.row + first - segment.position) * stride + (a.n_head + head) * d
-    store(&a.layout, segment.pages[first // PE_PAGE], a.layer, head, first % PE_PAGE, k, k + a.layout.n_kv_head * d, stride, n,
-          scratch)
+    cdef int64_t d = a.layout.head_dim, to_values = a.layout.n_kv_head * d
+    cdef int64_t at = (segment.row + first - segment.position) * qkv.stride + (a.n_head + head) * d
+    cdef void *page = segment.pages[first // PE_PAGE]
+    if qkv.bf16 != NULL:
+        store_bf16(&a.layout, page, a.layer, head, first % PE_PAGE, qkv.bf16 + at, qkv.bf16 + at + to_values, qkv.stride, n)
+    else:
+        store(&a.layout, page, a.layer, head, first % PE_PAGE, qkv.f32 + at, qkv.f32 + at + to_values, qkv.stride, n, scratch)
 
 
-cdef void store_all(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
-                    int64_t n_segment, float *scratch) noexcept nogil:
+cdef void store_all(Worker *worker, const Attention *attention, const Qkv *qkv, const Segment *segments, int64_t n_segment,
+                    float *scratch) noexcept nogil:
     """One phase: appends the rows' keys and values to the cache. A unit is a tile of positions."""
     cdef int64_t n_unit = 0, unit, s, before = 0, first, end, next, head
     for s in range(n_segment):
@@ -105,7 +109,7 @@ cdef void store_all(Worker *worker, const Attention *attention, const float *qkv
         while first < end:
             next = min((first // PE_LANES + 1) * PE_LANES, end)
             for head in range(attention.layout.n_kv_head):
-                store_rows(attention, qkv, stride, &segments[s], first, next - first, head, scratch)
+                store_rows(attention, qkv, &segments[s], first, next - first, head, scratch)
             first = next
         unit = claim(worker, n_unit)
     sync(worker, n_unit)
@@ -120,15 +124,15 @@ cdef bint each_stores_its_own(const Attention *attention, const Segment *segment
     return attention.n_head == attention.layout.n_kv_head
 
 
-cdef void attend(Worker *worker, const Attention *attention, const float *qkv, int64_t stride, const Segment *segments,
-                 int64_t n_segment, float *scratch, float *out, int64_t out_stride) noexcept nogil:
+cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, const Segment *segments, int64_t n_segment,
+                 float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
     items that follow each other: of one sequence and one head first, so that its keys are still in the cache."""
     cdef int64_t n_item = 0, unit, run, item, s, before = 0, n, head, tile
     cdef const Segment *then
     cdef bint storing = each_stores_its_own(attention, segments, n_segment)
     if not storing:
-        store_all(worker, attention, qkv, stride, segments, n_segment, scratch)
+        store_all(worker, attention, qkv, segments, n_segment, scratch)
     for s in range(n_segment):
         n_item += n_tile_of(&segments[s]) * attention.n_head
     run = max(n_item // (UNITS_PER_THREAD * worker.n_threads), <int64_t>1)
@@ -145,10 +149,10 @@ cdef void attend(Worker *worker, const Attention *attention, const float *qkv, i
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
             then = NULL
             if storing:
-                store_rows(attention, qkv, stride, &segments[s], segments[s].position, 1, head, scratch)
+                store_rows(attention, qkv, &segments[s], segments[s].position, 1, head, scratch)
             if storing and item + 1 < min((unit + 1) * run, n_item):
                 then = &segments[(item + 1) // attention.n_head]
-            attend_tile(attention, qkv, stride, &segments[s], tile, head, then, scratch, out, out_stride)
+            attend_tile(attention, qkv, &segments[s], tile, head, then, scratch, out, out_stride)
         unit = claim(worker, (n_item + run - 1) // run)
     sync(worker, (n_item + run - 1) // run)
 
@@ -163,7 +167,7 @@ cdef void score(const PageLayout *layout, const Tile *tile, char *keys, int64_t 
     out.out, out.out_stride = tile.weights, PE_PAGE
     if layout.dtype == KV_BFLOAT16:
         keys_bf16.panels, keys_bf16.k = <const uint16_t *>keys, layout.key_width
-        kernels().matmul_bf16(tile.q_bf16, layout.value_width, tile.n_query, &keys_bf16, 0, n_panel, &out)
+        kernels().matmul_bf16(tile.q_bf16, tile.q_bf16_stride, tile.n_query, &keys_bf16, 0, n_panel, &out)
         return
     keys_f32.panels, keys_f32.k = <const float *>keys, layout.head_dim
     if layout.dtype == KV_INT8:
@@ -198,7 +202,7 @@ cdef Tile part_of(const PageLayout *layout, const Tile *tile, int64_t first, int
     part.n_query = n
     part.q += first * tile.stride
     if tile.weights_bf16 != NULL:
-        part.q_bf16 += first * layout.value_width
+        part.q_bf16 += first * tile.q_bf16_stride
         part.weights_bf16 += first * PE_PAGE
     part.weights += first * PE_PAGE
     part.sums += first * layout.value_width
@@ -228,7 +232,7 @@ cdef void meet(const Attention *a, const Tile *tile, char *keys, int64_t n_first
     add_values(&a.layout, tile, keys, n_first, step)
 
 
-cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, const Segment *segment, int64_t index, int64_t head,
+cdef void attend_tile(const Attention *a, const Qkv *qkv, const Segment *segment, int64_t index, int64_t head,
                       const Segment *then, float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One head of the queries whose positions lie in one tile. `then`: whose next head follows this one, or NULL."""
     cdef const PageLayout *layout = &a.layout
@@ -237,13 +241,16 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
     cdef int64_t row = segment.row + first - segment.position, last_block = first // PE_PAGE
     cdef int64_t kv_head = head // (a.n_head // layout.n_kv_head)
     cdef Tile tile = tile_in(layout, scratch), part
-    tile.q, tile.stride, tile.n_query = qkv + row * stride + head * d, stride, end - first
+    tile.q, tile.stride, tile.n_query = qkv.f32 + row * qkv.stride + head * d, qkv.stride, end - first
+    tile.q_bf16, tile.q_bf16_stride = tile.narrowed, width
+    if qkv.bf16 != NULL:
+        tile.q_bf16, tile.q_bf16_stride = qkv.bf16 + row * qkv.stride + head * d, qkv.stride
+    elif layout.dtype == KV_BFLOAT16:
+        for i in range(tile.n_query):
+            kernels().narrow_bf16(tile.q + i * tile.stride, d, tile.narrowed + i * width)
     memset(tile.sums, 0, tile.n_query * width * sizeof(float))
     for i in range((tile.n_query + GROUP - 1) // GROUP):
         reset(tile.states + i * STATE, min(<int64_t>GROUP, tile.n_query - i * GROUP))
-    for i in range(tile.n_query):
-        if layout.dtype == KV_BFLOAT16:
-            kernels().narrow_bf16(tile.q + i * stride, d, tile.q_bf16 + i * width)
     for block in range(last_block):
         if tile.n_query == 1:  # decoding waits for memory: what comes next is fetched meanwhile
             prefetch(layout, keys_of(layout, segment.pages[block + 1], a.layer, kv_head),
@@ -266,8 +273,7 @@ cdef void attend_tile(const Attention *a, const float *qkv, int64_t stride, cons
 cdef struct AttendTask:
     Attention attention
     Segment segment
-    const float *qkv
-    int64_t stride
+    Qkv qkv
     float *scratch
     float *out
     int64_t out_stride
@@ -276,7 +282,7 @@ cdef struct AttendTask:
 cdef void attend_body(void *context, Worker *worker) noexcept nogil:
     cdef AttendTask *task = <AttendTask *>context
     cdef float *scratch = task.scratch + worker.index * attention_scratch(&task.attention.layout)
-    attend(worker, &task.attention, task.qkv, task.stride, &task.segment, 1, scratch, task.out, task.out_stride)
+    attend(worker, &task.attention, &task.qkv, &task.segment, 1, scratch, task.out, task.out_stride)
 
 
 def attention(const float[:, ::1] qkv, int64_t n_head, int64_t n_kv_head, int64_t head_dim, float scale, int threads=1,
@@ -300,7 +306,7 @@ def attention(const float[:, ::1] qkv, int64_t n_head, int64_t n_kv_head, int64_
     task.attention.layout = layout.layout
     task.segment.row, task.segment.n_row, task.segment.position = 0, n_row, 0
     task.segment.pages = <void **>&addresses[0]
-    task.qkv, task.stride, task.scratch = &qkv[0, 0], qkv.shape[1], <float *>scratch.data
+    task.qkv.f32, task.qkv.bf16, task.qkv.stride, task.scratch = &qkv[0, 0], NULL, qkv.shape[1], <float *>scratch.data
     task.out, task.out_stride = &view[0, 0], view.shape[1]
     run(threads, 2, attend_body, &task)
     return out

@@ -12,13 +12,13 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from .activation cimport activation_of
-from .attention cimport Attention, Segment, attend, attention_scratch
+from .attention cimport Attention, Qkv, Segment, attend, attention_scratch
 from .kernels cimport PE_LANES, PE_PAGE, pe_activation, pe_output
 from .matmul cimport (
-    FLOAT32, LINEAR_SCRATCH, Input, NarrowRows, PackedMatrix, linear, linear_narrow, narrow_row, read_row,
+    BFLOAT16, FEW_ROWS, FLOAT32, LINEAR_SCRATCH, Input, NarrowRows, PackedMatrix, linear, linear_narrow, narrow_row, read_row,
 )
 from .memory cimport Block
-from .pages cimport KVLayout
+from .pages cimport KV_BFLOAT16, KVLayout
 from .parallel cimport MAX_THREADS, Share, Worker, claim_rows, pe_stop, pe_stopped, run, share_of
 from .simd cimport kernels
 
@@ -57,6 +57,7 @@ cdef struct Op:
     bint narrow  # a Norm: its output is wanted in int8 or bfloat16; a Linear: its input isn't yet
     bint own_rows  # nobody else wants what is narrowed: with few rows, each thread does it for itself, and nobody waits
     bint narrow_out  # a Linear: the next operation, another, alone reads its output
+    bint narrow_qkv  # a Linear, and an Attend that alone reads its output: many rows go from one to the other in bfloat16
     void *weight  # a PackedMatrix
     const float *gain  # a norm's gain, or the table of positions
     const float *bias
@@ -102,6 +103,7 @@ cdef class Engine:
     cdef bint picking
     cdef KVLayout layout
     cdef NarrowRows narrow, narrow_out  # the input of a product, and the output of one that the next takes in
+    cdef NarrowRows qkv  # queries, keys and values in bfloat16
     cdef Input input  # what the products take their rows in: one for all
     cdef int64_t max_width  # of an input of a product
     cdef Block scratch
@@ -221,7 +223,7 @@ cdef class Engine:
 
     cdef void _find_own_rows(self) noexcept:
         """Who narrows rows, now that all operations are known: a thread for itself where one Linear alone reads them; a Linear
-        its output where another Linear alone reads it."""
+        its output where another Linear or attention alone reads it."""
         cdef int i
         cdef Op *op
         for i in range(self.n_op):
@@ -230,6 +232,9 @@ cdef class Engine:
                 op.own_rows = True
                 if i and (op - 1).kind == LINEAR and (op - 1).out == op.src and (op - 1).residual < 0:
                     (op - 1).narrow_out = self._next_alone_reads(i - 1)
+            elif op.kind == ATTEND and self.layout.layout.dtype == KV_BFLOAT16 and self.layout.layout.head_dim % PE_LANES == 0:
+                if i and (op - 1).kind == LINEAR and (op - 1).out == op.src and (op - 1).residual < 0:
+                    op.narrow_qkv = (op - 1).narrow_qkv = self._next_alone_reads(i - 1)
             elif op.kind == NORM and op.narrow:
                 op.own_rows = (op + 1).own_rows = self._next_alone_reads(i)
 
@@ -254,6 +259,9 @@ cdef class Engine:
             self.narrow = NarrowRows(max(n_row, n_picked, OWN_ROWS * self.n_threads), self.max_width, self.input)
             if any([self.ops[i].narrow_out for i in range(self.n_op)]):
                 self.narrow_out = NarrowRows(max(n_row, n_picked), self.max_width, self.input)
+            if any([self.ops[i].narrow_qkv for i in range(self.n_op)]):
+                self.qkv = NarrowRows(n_row, max([self.buffers[self.ops[i].out].width for i in range(self.n_op)
+                                                  if self.ops[i].narrow_qkv]), BFLOAT16)
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
     def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
@@ -352,6 +360,7 @@ cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nog
     cdef Buffer *src = &engine.buffers[op.src] if op.src >= 0 else NULL
     cdef int64_t n_row = step.n_picked if op.on_picked else step.n_row
     cdef float *scratch
+    cdef Qkv qkv
     if op.kind == EMBED:
         embed(op, out, step, worker)
     elif op.kind == NORM:
@@ -360,7 +369,10 @@ cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nog
         product(engine, op, src, out, n_row, worker)
     elif op.kind == ATTEND:
         scratch = scratch_of(engine, worker)
-        attend(worker, &op.attention, src.data, src.stride, step.segments, step.n_segment, scratch, out.data, out.stride)
+        qkv.f32, qkv.bf16, qkv.stride = src.data, NULL, src.stride
+        if op.narrow_qkv and n_row > FEW_ROWS:
+            qkv.bf16, qkv.stride = engine.qkv.bf16, engine.qkv.q8.stride
+        attend(worker, &op.attention, &qkv, step.segments, step.n_segment, scratch, out.data, out.stride)
     elif op.kind == PICK_ROWS:
         pick_rows(src, out, step, worker)
 
@@ -423,6 +435,10 @@ cdef void product(Engine engine, Op *op, Buffer *src, Buffer *out, int64_t n_row
     if op.narrow_out and n_row > OWN_ROWS:
         linear_narrow(worker, <PackedMatrix>op.weight, <NarrowRows>narrow, n_row, op.bias, op.activation,
                       scratch_of(engine, worker), engine.narrow_out)
+        return
+    if op.narrow_qkv and n_row > FEW_ROWS:
+        linear_narrow(worker, <PackedMatrix>op.weight, <NarrowRows>narrow, n_row, op.bias, op.activation,
+                      scratch_of(engine, worker), engine.qkv)
         return
     memset(&to, 0, sizeof(to))
     to.bias, to.out, to.out_stride = op.bias, out.data, out.stride

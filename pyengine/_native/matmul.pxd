@@ -42,4 +42,5 @@ cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_
 cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, int64_t n_row, const float *bias,
                         pe_activation activation, float *scratch, NarrowRows out) noexcept nogil
 
+cdef enum: FEW_ROWS = 48  # with no more rows, a unit of a product has all of them
 cdef enum: LINEAR_SCRATCH = 96 * 8 * 16  # floats that linear_narrow needs of a thread

@@ -19,10 +19,9 @@ from ..errors import ArgumentError
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 TENSOR_DTYPES = {"F32": (PE_F32, 4), "F16": (PE_F16, 2), "BF16": (PE_BF16, 2)}
 
-# A unit of work: so many columns of all rows, or of a block of rows where there are many. With few rows a product is cut into
-# some units a thread, of at least 4 panels and UNIT_BYTES: taking a unit costs what a core takes to hear from another.
+# A unit of work: so many columns of all rows, or of a block of rows where there are many. With at most FEW_ROWS a product is cut
+# into some units a thread, of at least 4 panels and UNIT_BYTES: taking a unit costs what a core takes to hear from another.
 cdef enum:
-    FEW_ROWS = 48
     BLOCK_ROWS = 96
     BLOCK_PANELS = 8
     UNITS_PER_THREAD = 8

@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint16_t
 
 from .memory cimport pe_prefetch
 
@@ -26,6 +26,8 @@ cdef int64_t page_bytes(const PageLayout *layout) noexcept nogil
 cdef int64_t store_scratch(const PageLayout *layout) noexcept nogil
 cdef void store(const PageLayout *layout, void *page, int64_t layer, int64_t head, int64_t slot, const float *k, const float *v,
                 int64_t stride, int64_t n, float *scratch) noexcept nogil
+cdef void store_bf16(const PageLayout *layout, void *page, int64_t layer, int64_t head, int64_t slot, const uint16_t *k,
+                     const uint16_t *v, int64_t stride, int64_t n) noexcept nogil
 
 # Of a page, a layer and a head:
 

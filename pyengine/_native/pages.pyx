@@ -48,14 +48,21 @@ cdef void store(const PageLayout *layout, void *page, int64_t layer, int64_t hea
         for r in range(n):
             simd.narrow_bf16(k + r * stride, d, k_bf16 + r * width)
             simd.narrow_bf16(v + r * stride, d, v_bf16 + r * width)
-        place_key_pairs(layout, <uint32_t *>keys, slot, k_bf16, n)
-        place_value_pairs(layout, <uint32_t *>values, slot, v_bf16, n)
+        store_bf16(layout, page, layer, head, slot, k_bf16, v_bf16, width, n)
     else:
         scales = scales_of(layout, keys) + slot
         for r in range(n):
             scales[r] = simd.narrow_q8(k + r * stride, d, k_q8 + r * width)
             scales[PE_PAGE + r] = simd.narrow_q8(v + r * stride, d, v_q8 + r * width)
         place(layout, <int8_t *>keys, <int8_t *>values, slot, <const int8_t *>k_q8, <const int8_t *>v_q8, width, n)
+
+
+cdef void store_bf16(const PageLayout *layout, void *page, int64_t layer, int64_t head, int64_t slot, const uint16_t *k,
+                     const uint16_t *v, int64_t stride, int64_t n) noexcept nogil:
+    """The same for a page in bfloat16 of rows that are so already, of value_width numbers each; `stride` is even."""
+    cdef char *keys = keys_of(layout, page, layer, head)
+    place_key_pairs(layout, <uint32_t *>keys, slot, k, stride, n)
+    place_value_pairs(layout, <uint32_t *>values_of(layout, keys), slot, v, stride, n)
 
 
 cdef void place(const PageLayout *layout, Number *keys, Number *values, int64_t slot, const Number *k, const Number *v,
@@ -74,24 +81,26 @@ cdef void place(const PageLayout *layout, Number *keys, Number *values, int64_t 
             memset(value + part, 0, (PE_LANES - part) * sizeof(Number))
 
 
-cdef void place_key_pairs(const PageLayout *layout, uint32_t *keys, int64_t slot, const uint16_t *k, int64_t n) noexcept nogil:
+cdef void place_key_pairs(const PageLayout *layout, uint32_t *keys, int64_t slot, const uint16_t *k, int64_t stride,
+                          int64_t n) noexcept nogil:
     cdef int64_t n_pair = layout.key_width // 2, i, r
     cdef const uint32_t *pairs = <const uint32_t *>k
     keys += slot // PE_LANES * n_pair * PE_LANES + slot % PE_LANES
     for i in range(n_pair):
         for r in range(n):
-            keys[i * PE_LANES + r] = pairs[r * (layout.value_width // 2) + i]
+            keys[i * PE_LANES + r] = pairs[r * (stride // 2) + i]
 
 
-cdef void place_value_pairs(const PageLayout *layout, uint32_t *values, int64_t slot, const uint16_t *v, int64_t n) noexcept nogil:
+cdef void place_value_pairs(const PageLayout *layout, uint32_t *values, int64_t slot, const uint16_t *v, int64_t stride,
+                            int64_t n) noexcept nogil:
     """A pair whose second position isn't here yet gets 0 for it: what was there before may be NaN."""
     cdef int64_t width = layout.value_width, pair, i, j
     cdef uint32_t *to
     cdef const uint16_t *even
     cdef const uint16_t *odd
     for pair in range(slot // 2, (slot + n + 1) // 2):
-        even = v + (2 * pair - slot) * width
-        odd = even + width
+        even = v + (2 * pair - slot) * stride
+        odd = even + stride
         for i in range(width // PE_LANES):
             to = values + (i * (PE_PAGE // 2) + pair) * PE_LANES
             if 2 * pair < slot:
