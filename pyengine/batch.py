@@ -62,11 +62,12 @@ class Job:
         self.seed = seed
         self.temperature = temperature
         self.token_ids = token_ids or model.tokenizer is None
-        common = [self.defaults, seed, temperature, self.token_ids, model.config, model.dtype, model.kv_dtype]
+        of_model = [model.config, model.kv_dtype, model.executor.fingerprint]
+        common = [self.defaults, seed, temperature, self.token_ids, *of_model]
         self._common = json.dumps(common, sort_keys=True, default=repr).encode()
 
     def digest(self, line: bytes) -> str:
-        """16 hexadecimal digits, of the line and of all else that its result depends on, but for the weights."""
+        """16 hexadecimal digits, of the line and of all else that its result depends on."""
         return hashlib.blake2b(self._common + b"\n" + line.rstrip(b"\r\n"), digest_size=8).hexdigest()
 
     def head(self, line: bytes) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import write_checkpoint
 from command import COMMAND, environment, run, the_line
 
 import pyengine
@@ -250,6 +251,13 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
         code, _, err = run("batch", str(source), str(out), *SMALL)
         assert (code, err) == (1, "pyengine: 1 of 4 lines have errors\n")
         assert out.read_bytes().startswith(whole)
+
+
+def test_the_digest_knows_the_weights(tmp_path: Path) -> None:
+    """Of two models with one config each has its own; one that is loaded again has the same."""
+    folders = [write_checkpoint(tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2))]
+    digests = [Job(pyengine.load(folder, threads=1)).digest(b"{}") for folder in folders]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_refused_files(tmp_path: Path) -> None:
