@@ -23,7 +23,8 @@ class Engine(Base):
 
     def __init__(self, files: Path, variant: str, threads: int) -> None:
         try:
-            self.executor = load(files, variant, threads).executor
+            # Without the prefix cache KV pages are used again from prompt to prompt, as the other engines do.
+            self.executor = load(files, variant, threads, prefix_cache=False).executor
         except ArgumentError as error:
             raise NotAvailable(str(error)) from error
 

@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from .kernels cimport PE_LANES, PE_SPIN
-from .memory cimport Block
+from .memory cimport Arena, Block
 from .parallel cimport Worker, run
 from .simd cimport kernels
 
@@ -51,8 +51,10 @@ cdef double _fastest(LimitTask *task, int threads, int rounds):
 
 
 def read_bandwidth(int threads, int64_t nbytes=256 << 20, int rounds=5):
-    """Bytes a second that `threads` threads read from a buffer of `nbytes`: the fastest of `rounds`."""
-    cdef Block block = Block(nbytes, "buffer for measuring")
+    """Bytes a second that `threads` threads read from a buffer of `nbytes`: the fastest of `rounds`. It lies where weights
+    do, in huge pages.
+    """
+    cdef Block block = Block(nbytes, "buffer for measuring", Arena())
     cdef LimitTask task
     task.kind, task.data, task.n = FILL, <char *>block.data, nbytes
     _fastest(&task, threads, 1)
