@@ -14,6 +14,7 @@ from libc.string cimport memcpy
 from .cutoffs cimport FEW, PEAK, bounds, coarse, cutoff, gather
 from .drawing cimport BLOCK, add_up, invert, race
 from .logprobs cimport check_ids, log_sum_exp
+from .masks cimport check_mask, mask
 from .memory cimport Block
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
@@ -177,15 +178,7 @@ cdef class Workspace:
 
     cdef void mask_row(self, const float *x, const uint32_t *bits, const int32_t *end_ids, int64_t n_end) noexcept nogil:
         """What `mask` does, to self.masked."""
-        cdef float *out = &self.masked[0]
-        cdef int64_t n = self.vocab_size, i
-        cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
-        self.n_left = n_end
-        for i in range(n // 32 + 1):
-            where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
-            self.n_left += n_ones(bits[i])
-        for i in range(n_end):
-            out[end_ids[i]] = x[end_ids[i]] if ends else -INFINITY
+        self.n_left = mask(x, self.vocab_size, bits, end_ids, n_end, &self.masked[0])
 
     cdef int64_t keep_top(self, const float *x, int64_t k) noexcept nogil:
         """Moves the k largest logits, and those that tie with the k-th, to self.kept and self.kept_ids: how many.
@@ -303,12 +296,6 @@ cdef class Workspace:
         return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
-# Bit i alone: a table, since shifts by as many different counts can't be done side by side on every CPU.
-cdef uint32_t[32] BIT
-for _i in range(32):
-    BIT[_i] = <uint32_t> 1 << _i
-
-
 # One row of many that are drawn from at once.
 cdef struct Row:
     const float *x
@@ -407,28 +394,6 @@ cdef void repeated(float *x, int32_t *seen, int32_t token_id, float penalty) noe
     if not seen[token_id]:
         seen[token_id] = 1
         x[token_id] = x[token_id] * penalty if x[token_id] < 0 else x[token_id] / penalty
-
-
-cdef void where(uint32_t bits, const float *x, float *out, int64_t n) noexcept nogil:
-    """out[i] = x[i] where bit i is 1, else -inf."""
-    cdef int64_t i
-    cdef float value
-    for i in range(n):
-        value = x[i]
-        out[i] = value if bits & BIT[i] else -INFINITY
-
-
-cdef int check_mask(const uint32_t[::1] bits, const int32_t[::1] end_ids, int64_t vocab_size) except -1:
-    check_ids(end_ids, vocab_size)
-    if bits.shape[0] != vocab_size // 32 + 1:
-        raise ArgumentError(f"bits: expected {vocab_size // 32 + 1} words, got {bits.shape[0]}")
-    return 0
-
-
-cdef int64_t n_ones(uint32_t bits) noexcept nogil:
-    bits -= (bits >> 1) & 0x55555555U
-    bits = (bits & 0x33333333U) + ((bits >> 2) & 0x33333333U)
-    return (((bits + (bits >> 4)) & 0x0F0F0F0FU) * 0x01010101U) >> 24
 
 
 cdef void drop(float *weights, const float *x, int64_t n, float low) noexcept nogil:
