@@ -76,6 +76,8 @@ class Group:
         n_tokens = len(self.beams[0].tokens) + 1
         going_on: list[Beam] = []
         for rank, candidate in enumerate(candidates):
+            if rank >= self.size and len(going_on) == self.size:
+                break  # what is left neither goes on nor is a result
             parent = self.beams[candidate.parent]
             adjustments = parent.adjustments.fork()
             adjustments.append(candidate.chosen.token_id)
