@@ -6,8 +6,8 @@
 
 Each is measured on texts that follow the constraint of themselves, as those of a model that knows what is asked of it
 (written by hand, their tokens far above all others), and on texts of random logits, where nearly every token that is
-drawn first isn't allowed. Alone and for 32 texts in one step; the same without the constraint is subtracted, and what
-is left compared with the step. Every text that ends is checked to match.
+drawn first isn't allowed. Alone, for 32 texts in one step and for a search of 4 beams; the same without the constraint
+is subtracted, and what is left compared with the step. Every text that ends is checked to match.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pyengine
 from pyengine._native.sampling import Workspace
+from pyengine.beam import Beam, BeamSearch, Candidates
 from pyengine.constraints import Constraint
+from pyengine.generation import Job
 from pyengine.params import SamplingParams
 from pyengine.sampling import Sampler, draw_ahead
 
 BATCH = 32
+BEAMS = 4
 LONGEST = 100  # tokens of a text
 
 PERSON = {
@@ -161,9 +166,63 @@ class Bench:
         token_ids = sampler.adjustments.generated.tolist()
         ended = self.constraint and (sampler.adjustments.complete or token_ids[-1] in self.model.eos_token_ids)
         if ended:
-            assert self.model.tokenizer is not None
-            assert self.check(self.model.tokenizer.decode(token_ids, skip_special_tokens=True)) is not None
+            check_text(self.model, self.check, token_ids)
         return bool(ended) or len(token_ids) == (len(self.written) if self.written else LONGEST)
+
+
+@dataclass
+class BeamBench:
+    """A search as its task has it, without an engine."""
+
+    model: pyengine.Model
+    constraint: Constraint | None
+    check: Callable[[str], Any]
+    follows: bool
+    works: list[Workspace]
+
+    def __post_init__(self) -> None:
+        params = SamplingParams(num_beams=BEAMS, max_new_tokens=LONGEST)
+        job = Job(np.zeros(1, np.int32), params, params.stop_ids(self.model.eos_token_ids), None, self.constraint)
+        self.search, self.candidates = BeamSearch(job, LONGEST), Candidates(job, self.works)
+
+    def step(self, rng: np.random.Generator) -> float:
+        """The seconds of a step; a search that is over begins again."""
+        beams = self.search.beams
+        logits = rng.standard_normal((len(beams), self.model.plan.vocab_size), np.float32)
+        for beam, row in zip(beams, logits, strict=True):
+            if self.follows:
+                row[self.likely(beam, row)] = 40.0
+        start = time.perf_counter()
+        goes_on = self.search.advance(partial(self.candidates.of, logits))
+        seconds = time.perf_counter() - start
+        if goes_on is None:
+            for beam in self.search.finished:
+                token_ids = [token.token_id for token in beam.tokens]
+                if self.constraint and (beam.adjustments.complete or token_ids[-1] in self.model.eos_token_ids):
+                    check_text(self.model, self.check, token_ids)
+            self.__post_init__()
+        return seconds
+
+    def likely(self, beam: Beam, row: NDArray[np.float32]) -> int:
+        """A token that may come."""
+        constraint = beam.adjustments.constraint
+        return int((constraint.fork().mask(self.works[0], row) if constraint else row).argmax())
+
+
+def check_text(model: pyengine.Model, check: Callable[[str], Any], token_ids: list[int]) -> None:
+    assert model.tokenizer is not None
+    assert check(model.tokenizer.decode(token_ids, skip_special_tokens=True)) is not None
+
+
+def beam_cost(model: pyengine.Model, case: Case, follows: bool, n_step: int) -> float:
+    """The seconds that a constraint adds to a step of a beam search, as `cost` has them."""
+    _, value, check, _ = case
+    works = [Workspace(model.plan.vocab_size) for _ in range(model.executor.threads)]
+    constraint = model._constraint(SamplingParams(**value))
+    benches = [BeamBench(model, one, check, follows, works) for one in (constraint, None)]
+    rng = np.random.default_rng(0)
+    with_it, without = np.mean([[bench.step(rng) for bench in benches] for _ in range(n_step)], axis=0)
+    return float(with_it - without)
 
 
 def cost(
@@ -185,11 +244,11 @@ def cost(
     return float(with_it - without)
 
 
-def decode_step(model: pyengine.Model, n_text: int) -> float:
+def decode_step(model: pyengine.Model, n_text: int, num_beams: int = 1) -> float:
     """The median seconds of a step that decodes so many texts with a context of about 100, without constraints."""
     steps = []
-    for seed in range(5):
-        found = model.generate(["The"] * n_text, max_new_tokens=100, ignore_eos=True, seed=seed)
+    for _ in range(5):
+        found = model.generate(["The"] * n_text, max_new_tokens=100, ignore_eos=True, num_beams=num_beams)
         steps.append(max(one.usage.decode_seconds for one in found) / 99)
     return statistics.median(steps)
 
@@ -205,16 +264,20 @@ def main() -> None:
     model._vocabulary  # noqa: B018
     print(f"vocabulary of {model.plan.vocab_size:,} tokens: {time.perf_counter() - start:.2f} s")
     steps = {n: decode_step(model, n) for n in (1, BATCH)}
-    print(f"decode step, {model.dtype}: 1 text {steps[1] * 1e3:.2f} ms, {BATCH} texts {steps[BATCH] * 1e3:.2f} ms")
+    beams = decode_step(model, 1, BEAMS)
+    print(
+        f"decode step, {model.dtype}: 1 text {steps[1] * 1e3:.2f} ms, {BATCH} texts {steps[BATCH] * 1e3:.2f} ms, "
+        f"{BEAMS} beams {beams * 1e3:.2f} ms"
+    )
     columns = list(itertools.product(steps, ("follows", "random"), ({}, {"top_p": 0.9})))
     names = [f"{n} {how}{' top_p' if filters else ''}" for n, how, filters in columns]
-    print(f"{'added to a step by':<34}" + "".join(f"{name:>20}" for name in names))
+    names += [f"{BEAMS} beams {how}" for how in ("follows", "random")]
+    print(f"{'added to a step by':<34}" + "".join(f"{name:>18}" for name in names))
     for case in CASES:
-        line = f"{case[0]:<34}"
-        for n, how, filters in columns:
-            added = cost(model, case, filters, how == "follows", n, 600 // n + 60)
-            line += f"{added * 1e6:>10,.0f} µs {added / steps[n]:>6.1%}"
-        print(line, flush=True)
+        added = [(cost(model, case, f, how == "follows", n, 600 // n + 60), steps[n]) for n, how, f in columns]
+        added += [(beam_cost(model, case, how == "follows", 200), beams) for how in ("follows", "random")]
+        columns_of = "".join(f"{one * 1e6:>8,.0f} µs {one / step:>6.1%}" for one, step in added)
+        print(f"{case[0]:<34}{columns_of}", flush=True)
 
 
 if __name__ == "__main__":

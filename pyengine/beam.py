@@ -8,11 +8,12 @@ fork and close alone. All beams run in one step.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._native.drawing import uniform
+from ._native.rows import top_rows
 from ._native.sampling import Workspace
 from .completion import Completion, FinishReason, Usage
 from .errors import ArgumentError
@@ -30,8 +32,10 @@ from .kv import Sequence
 from .sampling import Adjustments, TokenLogprob, token_logprob
 from .scheduler import Floats, Task
 
-# Token ids, what ranks them (the least first), and scores: [n] each.
-Found = tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]
+REFUSED = 2  # tokens, after which a constraint's mask is made: it costs as much as a few questions
+
+Continuation = tuple[float, float, int, int]  # of a beam: its rank (the least first), score, parent and token id
+Top = tuple[NDArray[np.int32], Floats]  # token ids and logits, the largest first
 
 
 @dataclass(frozen=True)
@@ -170,19 +174,18 @@ class BeamGeneration(Task):
     """
 
     def __init__(
-        self, executor: Executor, job: Job, work: Workspace | None = None, sequence: Sequence | None = None
+        self, executor: Executor, job: Job, works: list[Workspace] | None = None, sequence: Sequence | None = None
     ) -> None:
         job.check(executor)
         params, n_prompt = job.params, len(job.prompt_ids)
         super().__init__(params.num_beams)
         self.executor = executor
         self.job = job
-        self.work = work or Workspace(executor.vocab_size)
         self.search = BeamSearch(job, min(params.max_new_tokens, executor.max_seq_len - n_prompt + 1))
         if self.search.n_candidates > executor.vocab_size or params.num_beams > executor.max_rows:
             most = min(executor.vocab_size * params.num_beams // self.search.n_candidates, executor.max_rows)
             raise ArgumentError(f"num_beams: expected at most {most} for this model, got {params.num_beams}")
-        self.candidates = Candidates(job, self.work)
+        self.candidates = Candidates(job, works or [Workspace(executor.vocab_size)])
         self.sequences = [sequence or executor.new_sequence()]
         self.pending = [job.prompt_ids]  # of each beam, the tokens whose keys and values aren't stored yet
         self.logits: dict[int, Floats] = {}  # of the beams that have run their last token
@@ -285,49 +288,93 @@ def reorder(sequences: list[Sequence], parents: list[int]) -> None:
 class Candidates:
     """What makes candidates of logits: the best continuations of a group's beams, or a draw of them."""
 
-    def __init__(self, job: Job, work: Workspace) -> None:
+    def __init__(self, job: Job, works: list[Workspace]) -> None:
         self.params = job.params
-        self.work = work
+        self.works = works
+        self.work = works[0]
         self.seed = job.params.choose_seed()
         self.n_least = max(2, 1 + len(job.stop_ids))  # tokens that the filters leave, so that one can go on
 
     def of(self, logits: SequenceOf[Floats], group: Group, taken: array[int]) -> list[Candidate]:
         """The n_candidates of a group, the best first, given the logits of each row, float32 [vocab_size]."""
-        find = self._draw if self.params.samples else self._best
-        rows = logits[group.first_row : group.first_row + len(group.beams)]
-        totals = [self.work.logsumexp(row) for row in rows]
-        found: list[tuple[float, float, int, int]] = []  # rank, score, parent, token_id
+        rows = list(logits[group.first_row : group.first_row + len(group.beams)])
+        tops, totals = self._tops(rows, group, taken)
+        found: list[Iterable[Continuation]] = []
         for parent, (beam, row, total) in enumerate(zip(group.beams, rows, totals, strict=True)):
-            # As in transformers the adjustments work on log-probabilities here, not on logits.
-            adjusted = beam.adjustments.apply(self.work, row, total, taken)
-            shift = total if adjusted is row else 0.0
-            if beam.adjustments.constraint:
-                adjusted = beam.adjustments.constraint.mask(self.work, adjusted)
-            token_ids, ranks, scores = find(adjusted, shift, beam, parent, group.n_candidates)
-            found += zip(ranks.tolist(), scores.tolist(), itertools.repeat(parent), token_ids.tolist())
-        found.sort(key=lambda one: one[0])
+            if self.params.samples:
+                found.append(self._draw(row, total, beam, parent, taken, group.n_candidates))
+            else:
+                found.append(self._best(row, total, beam, parent, taken, group.n_candidates, tops[parent]))
+        first = itertools.islice(heapq.merge(*found, key=lambda one: one[0]), group.n_candidates)
         n_top = self.params.logprobs
         return [
             Candidate(score, parent, token_logprob(self.work, rows[parent], totals[parent], token_id, n_top))
-            for _, score, parent, token_id in sorted(found[: group.n_candidates], key=lambda one: -one[1])
+            for _, score, parent, token_id in sorted(first, key=lambda one: -one[1])
         ]
 
-    def _best(self, logits: Floats, shift: float, beam: Beam, parent: int, n: int) -> Found:
-        """The n best continuations of a beam."""
-        token_ids, values = self.work.top(logits, n)
-        scores = beam.score + (values.astype(np.float64) - shift)
-        return token_ids, -scores, scores
+    def _tops(
+        self, rows: list[Floats], group: Group, taken: array[int]
+    ) -> tuple[SequenceOf[Top | None], list[float]]:
+        """The largest logits of each row, where they are those that are looked for, and all logsumexps."""
+        if self.params.samples or taken or group.beams[0].adjustments.any:
+            return [None] * len(rows), [self.work.logsumexp(row) for row in rows]
+        tops, totals = top_rows(self.works, rows, group.n_candidates)
+        if np.isnan(totals).any():
+            self.work.logsumexp(rows[int(np.isnan(totals).argmax())])  # raises what is wrong with it
+        return tops, totals.tolist()
 
-    def _draw(self, logits: Floats, shift: float, beam: Beam, parent: int, n: int) -> Found:
+    def _best(
+        self, row: Floats, total: float, beam: Beam, parent: int, taken: array[int], n: int, top: Top | None
+    ) -> Iterator[Continuation]:
+        """The n best continuations of a beam, the best first; `top` are the n largest logits if nothing adjusts them.
+
+        A constraint is asked for one after the other, as long as they are looked at; its mask is made when it has
+        refused some, or when none is left of those that would be the best without it.
+        """
+        constraint, n_found, n_refused = beam.adjustments.constraint, 0, 0
+        adjusted, shift = self._adjusted(row, total, beam, taken)
+        token_ids, values = top or self.work.top(adjusted, n)
+        for token_id, value in zip(token_ids.tolist(), values.tolist(), strict=True):
+            if constraint and not constraint.allows(token_id):
+                n_refused += 1
+                if n_refused == REFUSED:
+                    break
+                continue
+            n_found += 1
+            score = beam.score + (value - shift)
+            yield -score, score, parent, token_id
+        if not (constraint and n_refused):
+            return
+        adjusted, shift = self._adjusted(row, total, beam, taken)  # again: others came between
+        token_ids, values = self.work.top(adjusted, n, constraint.masking())
+        for token_id, value in zip(token_ids[n_found:].tolist(), values[n_found:].tolist(), strict=True):
+            score = beam.score + (value - shift)
+            yield -score, score, parent, token_id
+
+    def _draw(
+        self, row: Floats, total: float, beam: Beam, parent: int, taken: array[int], n: int
+    ) -> list[Continuation]:
         """The first n continuations of a beam that arrive in a race at rates of exp(score): see `Workspace.race`."""
-        params = self.params
+        params, constraint = self.params, beam.adjustments.constraint
+        logits, shift = self._adjusted(row, total, beam, taken)
+        if constraint:
+            logits = constraint.mask(self.work, logits)
         first = 2 * n * len(beam.tokens)
         uniforms = np.array([uniform(self.seed, parent, first + i) for i in range(2 * n)])
         filters = (params.temperature, params.top_k, params.top_p, params.min_p, self.n_least)
         token_ids, log_times = self.work.race(logits, *filters, uniforms)
         scale = min(1 / params.temperature, 1e30)  # as the race's
         scores = beam.score + (logits[token_ids].astype(np.float64) - shift) * scale
-        return token_ids, log_times + (shift * scale - beam.score), scores
+        ranks = log_times + (shift * scale - beam.score)
+        return list(zip(ranks.tolist(), scores.tolist(), itertools.repeat(parent), token_ids.tolist()))
+
+    def _adjusted(self, row: Floats, total: float, beam: Beam, taken: array[int]) -> tuple[Floats, float]:
+        """A row's logits adjusted, valid until the next call, and what to subtract for log-probabilities.
+
+        As in transformers the adjustments work on log-probabilities here, not on logits.
+        """
+        adjusted = beam.adjustments.apply(self.work, row, total, taken)
+        return adjusted, total if adjusted is row else 0.0
 
 
 def _completion(job: Job, beam: Beam, usage: Usage) -> Completion:

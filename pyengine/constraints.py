@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 from ._native.sampling import Workspace
 from .errors import ArgumentError, ArgumentTypeError
 
+Masking = tuple[NDArray[np.uint32], NDArray[np.int32]]  # bits and end_ids, as `Workspace.mask` takes them
+
 # No blanks but one after a comma or a colon: a model could go on with blanks for ever. "x-guidance" in a schema sets
 # others.
 JSON_DEFAULTS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 # Kinds of tokens that are allowed or not as a whole, where a part of a constraint says so: then none of them is walked.
-# The library's own are of what stands in JSON strings; these are short words, as most tokens of a text are.
-WORDS = ["[a-z]{1,10}", " [a-z]{1,9}", "[A-Z][a-z]{0,9}", " [A-Z][a-z]{0,8}"]
+# The library's own are of what stands in JSON strings, up to 10 and 30 characters; these are the words among them. One
+# kind has to contain another or have nothing in common with it: where some of a kind match, the others are walked.
+SHORT_WORDS = [" ?[A-Za-z]{1,9}", "[a-z]{1,9}", " [a-z]{1,9}", "[A-Z][a-z]{0,8}", " [A-Z][a-z]{0,8}"]
+LONG_WORDS = [" [A-Za-z]{10,20}", "[A-Za-z]{11,20}", " [a-z]{10,20}", "[a-z]{11,20}"]
 
 
 class Vocabulary:
@@ -47,7 +51,7 @@ class Vocabulary:
             ) from None
         library: Any = llguidance
         self._matcher = library.LLMatcher
-        slices = library.LLTokenizer.general_slices() + WORDS
+        slices = library.LLTokenizer.general_slices() + SHORT_WORDS + LONG_WORDS
         self._trie = library.LLTokenizer(_Tokens(tokens, special_ids, encode), slices=slices)
         self.vocab_size = len(tokens)
 
@@ -92,7 +96,11 @@ class Constraint:
 
     def mask(self, work: Workspace, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """`logits`, with -inf for tokens that may not come next: float32 [vocab_size], valid until the next call."""
-        return work.mask(logits, self.bits(), self.end_ids)
+        return work.mask(logits, *self.masking())
+
+    def masking(self) -> Masking:
+        """What `mask` goes by: `bits` now, and the tokens that end a text."""
+        return self.bits(), self.end_ids
 
     def bits(self) -> NDArray[np.uint32]:
         """A bit for each token, and one more, whether the text may end here: uint32 [vocab_size // 32 + 1]."""
@@ -141,8 +149,13 @@ class _Tokens:
         self.special_token_ids = list(special_ids)
         self.eos_token_id = len(tokens)
         self._encode = encode
+        self._spelled = lru_cache(maxsize=4096)(self._spell)  # the same few texts are certain again and again
 
     def __call__(self, text: str) -> list[int]:
+        """The tokens that a certain text is made of."""
+        return self._spelled(text)
+
+    def _spell(self, text: str) -> list[int]:
         """The tokens that are asked for where the text is certain: the tokenizer's, or the longest that there are where
         it would change the text, by a normalizer or a blank before it.
         """

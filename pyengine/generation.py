@@ -213,12 +213,12 @@ class Sample:
 class Generation(Task):
     """A prompt and its num_return_sequences samples, which share the pages of the prompt.
 
-    `work` is scratch memory for the thread that steps. `sequence` has run the beginning of the prompt already, not all
-    of it; it is the task's from then on.
+    `works` are scratch memory for the thread that steps. `sequence` has run the beginning of the prompt already, not
+    all of it; it is the task's from then on.
     """
 
     def __init__(
-        self, executor: Executor, job: Job, work: Workspace | None = None, sequence: Sequence | None = None
+        self, executor: Executor, job: Job, works: list[Workspace] | None = None, sequence: Sequence | None = None
     ) -> None:
         job.check(executor)
         if job.params.num_beams > 1:
@@ -227,7 +227,7 @@ class Generation(Task):
         self.n_position = job.n_position(executor)
         self.executor = executor
         self.job = job
-        sampler = job.sampler(work or Workspace(executor.vocab_size))
+        sampler = job.sampler(works[0] if works else Workspace(executor.vocab_size))
         self.samples = [Sample(job, sequence or executor.new_sequence(), sampler, self.called)]
 
     def start(self) -> None:

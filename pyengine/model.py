@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._native.sampling import Workspace
 from .beam import BeamGeneration
 from .completion import Completion, Piece
 from .constraints import Constraint, Vocabulary
@@ -60,7 +59,6 @@ class Model:
         self.kv_dtype = self.executor.pool.dtype
         self.plan = self.executor.plan
         self.runner = Runner(scheduler)
-        self._work = Workspace(self.plan.vocab_size)  # for the thread that steps
         # Those that were checked, and what is known of them, by temperature
         self._assistants: weakref.WeakKeyDictionary[Model, dict[float, Experience]] = weakref.WeakKeyDictionary()
 
@@ -384,7 +382,8 @@ class Model:
     ) -> Generation | BeamGeneration:
         stop_ids = params.stop_ids(self.eos_token_ids)
         job = Job(prompt_ids, params, stop_ids, self.tokenizer, constraint, speculation, window)
-        return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, self._work, sequence)
+        works = self.runner.scheduler.works
+        return (BeamGeneration if params.num_beams > 1 else Generation)(self.executor, job, works, sequence)
 
     def submit_from(
         self, sequence: Sequence, prompt_ids: Ids, params: SamplingParams, window: Window | None

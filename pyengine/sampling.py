@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._native.drawing import uniform
-from ._native.sampling import Workspace, draw_rows
+from ._native.logprobs import unusable
+from ._native.rows import draw_rows
+from ._native.sampling import Workspace
 from .constraints import Constraint
-from .errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from .errors import ArgumentError, ArgumentTypeError, Error, NonFiniteError
 from .params import LogitsProcessor, SamplingParams
 
 NONE = array("i")  # no token ids
+
+Wish = tuple[float, int, float, float, tuple[float, ...]]  # what `draw_rows` is asked for a row
+LARGEST: Wish = (0.0, 0, 1.0, 0.0, (0.0,))
+ATTEMPTS = 3  # tokens drawn before a constraint's mask is made: together they cost little more than one
 
 
 @dataclass(frozen=True)
@@ -116,118 +124,128 @@ class Sampler:
         self.work = work
         self.adjustments = Adjustments(params, prompt_ids, constraint)
         self.sample_index = sample_index
-        self.drawn: list[tuple[int, float]] = []  # token ids that `draw_ahead` has found, -1 for none, and logsumexps
+        self.drawn: list[Drawn] = []  # what `draw_ahead` has found for the next tokens
         self.seed = params.choose_seed()
-
-    @property
-    def masks_first(self) -> bool:
-        """Whether the filters have to see what the constraint leaves."""
-        return self.adjustments.constraint is not None and self.params.filters
-
-    @property
-    def masked_attempt(self) -> int:
-        """Whether a token that is drawn from what the constraint leaves is the first of its position, or the second."""
-        return 0 if self.params.filters else 1
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
-        token_id, total = self.drawn.pop(0) if self.drawn else (-1, 0.0)
-        if token_id < 0:
-            total = self.work.logsumexp(logits)
-        if token_id < 0 or self.adjustments.constraint:
-            token_id = self.choose(logits, drawn=token_id)
-        self.adjustments.append(token_id)
-        return token_logprob(self.work, logits, total, token_id, self.params.logprobs)
+        total = self.work.logsumexp(logits) if self.adjustments.any else None
+        found = self.drawn.pop(0) if self.drawn else self._draw(logits, self.adjustments)
+        if found.error:
+            raise found.error
+        self.adjustments.append(found.token_id)
+        total = found.total if total is None else total
+        return token_logprob(self.work, logits, total, found.token_id, self.params.logprobs)
 
-    def choose(self, logits: NDArray[np.float32], guesses: array[int] = NONE, drawn: int = -1) -> int:
-        """The token that would come if `guesses` came before it; nothing is kept of it.
+    def choose(self, logits: NDArray[np.float32], guesses: array[int]) -> int:
+        """The token that would come if `guesses` came before it; nothing is kept of it."""
+        adjustments = self.adjustments.fork()
+        for token_id in guesses:
+            adjustments.append(token_id)
+        found = self._draw(logits, adjustments)
+        if found.error:
+            raise found.error
+        return found.token_id
 
-        Under a constraint the token that is `drawn` without it (by `draw_ahead`, or here) comes if it is allowed, or
-        else another, drawn from those that are. So a constraint changes nothing where a text matches anyway, and a mask
-        is made for the others alone. It is what drawing from the allowed tokens at once would be: with mass m of them,
-        a token of probability p comes with p + (1 - m) p / m = p / m. Not so after filters, which depend on the mask:
-        there it comes first.
-        """
-        work, adjustments = self.work, self.adjustments
-        if guesses:
-            adjustments = adjustments.fork()
-            for token_id in guesses:
-                adjustments.append(token_id)
-        adjusted = adjustments.apply(work, logits)
-        constraint, position = adjustments.constraint, len(adjustments.generated)
-        if drawn < 0 and not self.masks_first:
-            drawn = self._draw(adjusted, position)
-        if constraint is None or (drawn >= 0 and constraint.allows(drawn)):
-            return drawn
-        masked = constraint.mask(work, adjusted)
-        try:
-            return self._draw(masked, position, self.masked_attempt)
-        except NonFiniteError:
-            raise NonFiniteError(
-                f"{constraint.name}: expected one of its tokens to be left by logit_bias and logits_processor, got none"
-            ) from None
+    def _draw(self, logits: NDArray[np.float32], adjustments: Adjustments) -> Drawn:
+        adjusted = adjustments.apply(self.work, logits)
+        (found,) = draw([self.work], [Row(self, adjusted, len(adjustments.generated), adjustments.constraint)])
+        return found
 
-    def _draw(self, logits: NDArray[np.float32], position: int, attempt: int = 0) -> int:
-        """The token of a position of the text."""
+    def wish(self, position: int, attempts: range) -> Wish:
+        """What `draw_rows` is asked for at a position of the text."""
         params = self.params
         if not params.samples:
-            return self.work.argmax(logits)
-        number = self.number(position, attempt)
-        return self.work.draw(logits, params.temperature, params.top_k, params.top_p, params.min_p, number)
-
-    def number(self, position: int, attempt: int = 0) -> float:
-        """The random number in [0, 1) of a position of the text."""
-        return uniform(self.seed, self.sample_index, position, attempt)
+            return LARGEST
+        numbers = tuple([uniform(self.seed, self.sample_index, position, attempt) for attempt in attempts])
+        return params.temperature, params.top_k, params.top_p, params.min_p, numbers
 
 
-Asked = tuple[Sampler, NDArray[np.float32]]  # logits of its next tokens, [n, vocab_size]
-Mask = tuple[NDArray[np.uint32], NDArray[np.int32]]  # what `Workspace.mask` takes
+class Row(NamedTuple):
+    """What a token is drawn from."""
+
+    sampler: Sampler
+    logits: NDArray[np.float32]  # adjusted, [vocab_size]
+    position: int  # of the token in the text
+    constraint: Constraint | None
 
 
-def draw_ahead(works: list[Workspace], asked: list[Asked]) -> None:
-    """Draws for many samplers at once, on a thread for each of `works`; `Sampler.sample` takes what it finds.
+class Drawn(NamedTuple):
+    """What was found for a row."""
 
-    Left out are those whose rows have to be adjusted
-    first, and what a constraint says of guesses, since that goes in order.
+    token_id: int
+    total: float  # the logits' logsumexp
+    error: Error | None = None  # why there is no token
+
+
+def draw(works: list[Workspace], rows: list[Row]) -> list[Drawn]:
+    """A token for each row, on a thread for each of `works`.
+
+    Under a constraint tokens are drawn as if there were none, and the first comes that is allowed; where all of a few
+    are refused, another is drawn from those that are allowed, by a mask. So a constraint changes nothing where a text
+    matches anyway, and seldom needs a mask of many tokens. It is what drawing from the allowed ones at once would be:
+    each draw, if it is accepted, is distributed as they are, and so is the last.
+
+    Filters come before the constraint. Where it allows nothing of what they leave, they come after it.
     """
-    if sum([len(rows) for _, rows in asked]) < 2:
-        return
-    plain = [(sampler, rows) for sampler, rows in asked if not sampler.adjustments.any]
-    first = [(sampler, rows) for sampler, rows in plain if not sampler.masks_first]
-    _draw_all(works, first)
-    masked: list[Asked] = []
-    masks: list[Mask] = []
-    for sampler, rows in plain:
-        constraint = sampler.adjustments.constraint
-        if constraint and len(rows) == 1:
-            token_id = sampler.drawn[0][0] if sampler.drawn else None
-            if token_id is not None and (token_id < 0 or constraint.allows(token_id)):
-                continue
+    wishes = [row.sampler.wish(row.position, range(ATTEMPTS if row.constraint else 1)) for row in rows]
+    token_ids, totals, cuts = draw_rows(works, [row.logits for row in rows], wishes)
+    found: list[Drawn] = []
+    refused: list[int] = []
+    masks: list[tuple[NDArray[np.uint32], NDArray[np.int32], float]] = []
+    for i, (row, its, total) in enumerate(zip(rows, token_ids, totals, strict=True)):
+        constraint = row.constraint
+        error: Error | None = None
+        token_id = its[0] if constraint is None else _first_allowed(constraint, its)
+        if math.isnan(total):
+            error = unusable(row.logits)
+        elif constraint and token_id < 0:
             try:
-                masks.append((constraint.bits(), constraint.end_ids))
-                masked.append((sampler, rows))
-            except ArgumentError:
-                pass  # `sample` comes across it again, where it ends that text alone
-    _draw_all(works, masked, masks)
+                masks.append((*constraint.masking(), cuts[i]))
+                refused.append(i)
+            except ArgumentError as its_error:
+                error = its_error
+        found.append(Drawn(token_id, total, error))
+    if refused:
+        for i, again in zip(refused, _draw_masked(works, [rows[i] for i in refused], masks), strict=True):
+            found[i] = again._replace(total=found[i].total)
+    return found
 
 
-def _draw_all(works: list[Workspace], asked: list[Asked], masks: list[Mask] | None = None) -> None:
-    """Puts what is drawn for each row in `drawn`."""
-    logits: list[NDArray[np.float32]] = []
-    wishes: list[tuple[float, float, float, float, float]] = []
-    for sampler, rows in asked:
-        params, position = sampler.params, len(sampler.adjustments.generated)
-        filters = (params.temperature if params.samples else 0.0, params.top_k, params.top_p, params.min_p)
-        attempt = sampler.masked_attempt if masks else 0
-        for i, row in enumerate(rows):
-            logits.append(row)
-            wishes.append((*filters, sampler.number(position + i, attempt) if params.samples else 0.0))
-    if not logits:
-        return
-    token_ids, totals = draw_rows(works, logits, np.array(wishes), masks)
-    drawn = zip(token_ids.tolist(), totals.tolist(), strict=True)
-    for sampler, rows in asked:
-        sampler.drawn = [next(drawn) for _ in rows]
+def _first_allowed(constraint: Constraint, token_ids: list[int]) -> int:
+    """-1 for none."""
+    return next((one for one in dict.fromkeys(token_ids) if one >= 0 and constraint.allows(one)), -1)
+
+
+def _draw_masked(
+    works: list[Workspace], rows: list[Row], masks: list[tuple[NDArray[np.uint32], NDArray[np.int32], float]]
+) -> list[Drawn]:
+    wishes = [row.sampler.wish(row.position, range(ATTEMPTS, ATTEMPTS + 1)) for row in rows]
+    token_ids, _, _ = draw_rows(works, [row.logits for row in rows], wishes, masks)
+    found = [Drawn(token_id, math.nan) for [token_id] in token_ids]
+    for i, row in enumerate(rows):
+        if found[i].token_id < 0 and row.constraint:
+            name = row.constraint.name
+            error = f"{name}: expected one of its tokens to be left by logit_bias and logits_processor, got none"
+            found[i] = Drawn(-1, math.nan, NonFiniteError(error))
+    return found
+
+
+def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.float32]]]) -> None:
+    """Draws for many samplers at once, given logits of the next tokens of each, [n, vocab_size]; `sample` takes them.
+
+    Left out are those whose rows have to be adjusted first, and those of guesses under a constraint, which depend on
+    each other.
+    """
+    rows: list[Row] = []
+    for sampler, logits in asked:
+        adjustments = sampler.adjustments
+        if not (adjustments.any or (adjustments.constraint and len(logits) > 1)):
+            first = len(adjustments.generated)
+            rows += [Row(sampler, row, first + i, adjustments.constraint) for i, row in enumerate(logits)]
+    if len(rows) > 1:
+        for row, found in zip(rows, draw(works, rows), strict=True):
+            row.sampler.drawn.append(found)
 
 
 def token_logprob(

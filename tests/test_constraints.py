@@ -7,19 +7,20 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, LetterTokenizer, complete
+from fake_executor import FakeExecutor, LetterTokenizer, complete, drive
 
 import pyengine
 from pyengine._native.sampling import Workspace
 from pyengine.completion import Completion
 from pyengine.constraints import Constraint, Vocabulary
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
-from pyengine.generation import Job
+from pyengine.generation import Generation, Job
 from pyengine.params import SamplingParams
 from pyengine.sampling import Sampler
 from pyengine.scheduler import Scheduler
@@ -84,7 +85,10 @@ def check_of(name: str, value: Any) -> Callable[[str], bool]:
     if name == "grammar":
         return lambda text: re.fullmatch(r"[1-9][0-9]{0,2}(\+[1-9][0-9]{0,2}){1,3}", text) is not None
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is what tells whether a text matches a schema")
-    validator = jsonschema.Draft202012Validator(value, format_checker=jsonschema.FormatChecker())
+    formats = jsonschema.FormatChecker()
+    # A grammar of dates doesn't know leap years: the 29th of February is one in all.
+    formats.checks("date", ValueError)(lambda text: date.fromisoformat(f"2000{text[4:]}") is not None)
+    validator = jsonschema.Draft202012Validator(value, format_checker=formats)
 
     def check(text: str) -> bool:
         try:
@@ -314,7 +318,7 @@ def test_drawing_again_is_drawing_from_what_is_allowed(vocabulary: Vocabulary) -
     counts = np.zeros(N)
     for seed in range(n):
         params = SamplingParams(seed=seed, temperature=1.3)
-        counts[Sampler(params, work, PROMPT, constraint=constraint).choose(logits)] += 1
+        counts[Sampler(params, work, PROMPT, constraint=constraint).sample(logits).token_id] += 1
     weights = np.exp(logits[ids].astype(np.float64) / 1.3)
     assert 0.02 < weights.sum() / np.exp(logits / 1.3).sum() < 0.3  # most are drawn again
     expected = weights / weights.sum()
@@ -421,6 +425,24 @@ def test_a_vocabulary_that_cannot_spell_it() -> None:
         few.compile("regex", "[xy]a", [])
     with pytest.raises(ArgumentError, match=r"^regex: token 1 may not come here"):
         few.compile("regex", "ac", []).fork().accept(1)
+
+
+def test_one_that_gets_stuck_ends_its_own_text_alone() -> None:
+    pytest.importorskip("llguidance", reason="constraints need llguidance: the extra `constrained`")
+    tokens = [b"" if chr(i) in "xy" else bytes([i]) for i in range(N)]
+    vocabulary = Vocabulary(tokens, [END], lambda text: [ord(c) for c in text if c not in "xy"])
+    executor = saying("aab")
+    for filters in ({}, {"top_p": 0.9}, {"temperature": 0}):
+        jobs = [job(vocabulary, "regex", regex, seed=0, **filters) for regex in ("a[xy]|cc", "[ab]{3}", "a{4}", "cb?")]
+        jobs.append(job(vocabulary, "regex", "[cd]", logit_bias={99: -math.inf, 100: -math.inf}, seed=0, **filters))
+        tasks = [Generation(executor, one) for one in jobs]
+        with pytest.raises(ArgumentError, match=r"^regex: expected one that the tokens of the model can match"):
+            drive(executor, tasks)
+        errors = [type(task.error) for task in tasks]
+        assert errors == [ArgumentError, type(None), type(None), type(None), NonFiniteError]
+        assert [task.completions()[0].text for task in tasks[1:3]] == ["aab", "aaaa"]
+        assert tasks[3].completions()[0].token_ids == complete(executor, [jobs[3]])[0][0].token_ids
+        assert executor.n_open == 0
 
 
 def test_a_tokenizer_that_changes_the_text() -> None:

@@ -13,12 +13,40 @@ from numpy.typing import NDArray
 from pyengine._native import simd
 from pyengine._native.drawing import philox4x32, uniform
 from pyengine._native.logprobs import token_logprobs
+from pyengine._native.rows import draw_rows, top_rows
 from pyengine._native.sampling import Workspace
 from pyengine.errors import ArgumentError, NonFiniteError
+from pyengine.params import SamplingParams
+from pyengine.sampling import Sampler
 
 NONE = np.empty(0, np.int32)
 SIZES = [1, 2, 3, 31, 63, 64, 65, 97, 129, 511, 513, 2049, 5000]
+FILTERS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.0, 700, 1.0, 0.0),
+    (1.0, 0, 0.95, 0.0),
+    (1.3, 0, 0.47, 0.0),
+    (1.0, 0, 1e-9, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (0.8, 40, 0.9, 0.05),
+    (1e-3, 3, 0.9, 0.0),
+    (50.0, 0, 0.3, 0.2),
+]
 FMA_LEVELS = [level for level in simd.levels() if level != "portable"]
+
+
+def draw(
+    work: Workspace,
+    row: NDArray[np.float32],
+    number: float,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> int:
+    [[token_id]], _, _ = draw_rows([work], [row], [(temperature, top_k, top_p, min_p, (number,))])
+    return token_id
 
 
 def rows(vocab_size: int) -> dict[str, NDArray[np.float32]]:
@@ -105,21 +133,7 @@ def test_top_equals_a_full_sort(vocab_size: int, kind: str) -> None:
 
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("kind", rows(1))
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "min_p"),
-    [
-        (1.0, 0, 1.0, 0.0),
-        (0.7, 5, 1.0, 0.0),
-        (1.0, 700, 1.0, 0.0),
-        (1.0, 0, 0.95, 0.0),
-        (1.3, 0, 0.47, 0.0),
-        (1.0, 0, 1e-9, 0.0),
-        (1.0, 0, 1.0, 0.1),
-        (0.8, 40, 0.9, 0.05),
-        (1e-3, 3, 0.9, 0.0),
-        (50.0, 0, 0.3, 0.2),
-    ],
-)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
 def test_filters_equal_their_definition(
     vocab_size: int, kind: str, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
@@ -199,7 +213,7 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     row, work = rows(600)["normal"], Workspace(600)
     probs = work.probabilities(row, temperature, top_k, top_p, min_p)
     numbers = [uniform(3, 0, i) for i in range(n)]
-    drawn = [work.draw(row, temperature, top_k, top_p, min_p, number) for number in numbers]
+    drawn = [draw(work, row, number, temperature, top_k, top_p, min_p) for number in numbers]
     counts = np.bincount(drawn, minlength=600)
     kept = probs > 0
     assert counts[~kept].sum() == 0
@@ -215,7 +229,7 @@ def test_draw_inverts_the_cumulative_distribution() -> None:
     row, work = rows(5000)["normal"], Workspace(5000)
     cumulative = np.cumsum(work.probabilities(row, 1.0, 0, 1.0, 0.0))
     for number in [0.0, 0.1, 0.25, 0.5, 0.999, 1 - 2**-53]:
-        token_id = work.draw(row, 1.0, 0, 1.0, 0.0, number)
+        token_id = draw(work, row, number)
         assert abs(token_id - np.searchsorted(cumulative, number, side="right")) <= (number > 0.9999)
 
 
@@ -223,7 +237,81 @@ def test_draw_never_gives_a_token_of_probability_zero() -> None:
     row = np.full(1200, -np.inf, np.float32)
     row[700] = 0.0
     work = Workspace(1200)
-    assert {work.draw(row, 1.0, 0, 1.0, 0.0, number) for number in (0.0, 0.5, 1 - 2**-53)} == {700}
+    assert {draw(work, row, number) for number in (0.0, 0.5, 1 - 2**-53)} == {700}
+
+
+def bits_of(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """A mask of these tokens, of which none ends a text."""
+    n_word = len(allowed) // 32 + 1
+    return np.packbits(np.resize(np.append(allowed, [False] * 64), 32 * n_word), bitorder="little").view(np.uint32)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [(0.0, 0, 1.0, 0.0), *FILTERS])
+def test_a_mask_takes_from_what_the_filters_leave(
+    vocab_size: int, share: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Few tokens and many go ways of their own: both draw what the other rows have where the rest is -inf."""
+    rng, works = np.random.default_rng(vocab_size), [Workspace(vocab_size)]
+    ends, numbers = np.empty(0, np.int32), (0.0, 0.3, 0.6, 1 - 2**-53)
+    for row in rows(vocab_size).values():
+        allowed = rng.random(vocab_size) < share
+        masked = np.where(allowed, row, np.float32(-np.inf))
+        wish = (temperature, top_k, top_p, min_p, numbers)
+        _, _, [cut] = draw_rows(works, [row], [wish])
+        [got], [total], _ = draw_rows(works, [row], [wish], [(bits_of(allowed), ends, cut)])
+        assert math.isnan(total)
+        if np.isneginf(masked).all():
+            assert got == [-1] * 4
+            continue
+        for k in (1, 3, vocab_size):
+            expected, found = works[0].top(masked, k), works[0].top(row, k, (bits_of(allowed), ends))
+            np.testing.assert_array_equal(found, expected)
+        if temperature == 0.0:
+            assert got == [masked.argmax()] * 4
+            continue
+        left = np.where(row >= cut, masked, np.float32(-np.inf))
+        filters = (top_k, top_p, min_p)
+        if np.isneginf(left).all():
+            left = masked
+        elif cut > -np.inf:
+            filters = (0, 1.0, 0.0)
+        probs = works[0].probabilities(left, temperature, *filters)
+        up_to = np.cumsum(probs)
+        below = np.append(0.0, up_to)[:-1]
+        for number, token_id in zip(numbers, got, strict=True):
+            assert probs[token_id] > 0
+            assert below[token_id] - 1e-5 <= number <= up_to[token_id] + 1e-5
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
+def test_the_cut_is_the_lowest_logit_that_the_filters_leave(
+    vocab_size: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    work = Workspace(vocab_size)
+    for row in rows(vocab_size).values():
+        _, _, [cut] = draw_rows([work], [row], [(temperature, top_k, top_p, min_p, (0.5, 0.5))])
+        left = work.probabilities(row, temperature, top_k, top_p, min_p) > 0
+        visible = row > row.max() - 80 * temperature  # weights end at e^-87
+        np.testing.assert_array_equal((row >= cut)[visible], left[visible])
+
+
+def test_rows_on_several_threads_are_what_they_are_alone() -> None:
+    works = [Workspace(513) for _ in range(3)]
+    logits = [row for row in rows(513).values() for _ in range(5)]
+    logits.insert(7, np.full(513, np.nan, np.float32))
+    wishes = [(0.9, 0, 0.95, 0.0, (uniform(0, 0, i),)) for i in range(len(logits))]
+    token_ids, totals, _ = draw_rows(works, logits, wishes)
+    tops, same = top_rows(works, logits, 9)
+    np.testing.assert_array_equal(same, totals)
+    assert math.isnan(totals[7]) and token_ids[7] == [-1] and len(tops[7][0]) == 0
+    for i, (row, wish) in enumerate(zip(logits, wishes, strict=True)):
+        if i != 7:
+            assert token_ids[i] == draw_rows(works[:1], [row], [wish])[0][0]
+            assert totals[i] == works[0].logsumexp(row)
+            np.testing.assert_array_equal(tops[i], works[0].top(row, 9))
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
@@ -242,7 +330,7 @@ def test_logsumexp_and_token_logprobs(vocab_size: int) -> None:
 def test_argmax_takes_the_lowest_id_of_those_that_tie() -> None:
     row = np.zeros(1000, np.float32)
     row[[300, 700, 999]] = 2.0
-    assert Workspace(1000).argmax(row) == 300
+    assert draw(Workspace(1000), row, 0.0, temperature=0.0) == 300
 
 
 def test_penalties_follow_their_formulas() -> None:
@@ -276,9 +364,9 @@ def test_logits_that_cannot_be_used_are_refused(value: float, vocab_size: int) -
         row[i] = value
         for call in (
             lambda row=row: work.logsumexp(row),
-            lambda row=row: work.argmax(row),
             lambda row=row: work.top(row, 2),
-            lambda row=row: work.draw(row, 1.0, 2, 0.9, 0.1, 0.5),
+            lambda row=row: Sampler(SamplingParams(temperature=0), work, NONE).sample(row),
+            lambda row=row: Sampler(SamplingParams(seed=0, top_p=0.9), work, NONE).sample(row),
             lambda row=row: work.race(row, 1.0, 2, 0.9, 0.1, 1, np.array([0.5, 0.5])),
             lambda row=row: token_logprobs(row[None], np.zeros(1, np.int32)),
         ):
@@ -289,13 +377,13 @@ def test_logits_that_cannot_be_used_are_refused(value: float, vocab_size: int) -
 def test_a_row_without_any_possible_token_is_refused() -> None:
     row = np.full(9, -np.inf, np.float32)
     with pytest.raises(NonFiniteError, match="every one is -inf"):
-        Workspace(9).draw(row, 1.0, 0, 1.0, 0.0, 0.5)
+        Sampler(SamplingParams(seed=0), Workspace(9), NONE).sample(row)
 
 
 def test_sizes_and_ids_are_checked() -> None:
     work, row = Workspace(9), np.zeros(9, np.float32)
     with pytest.raises(ArgumentError, match="expected 9"):
-        work.argmax(np.zeros(8, np.float32))
+        draw(work, np.zeros(8, np.float32), 0.5)
     for bad in (-1, 9):
         ids = np.array([0, bad], np.int32)
         with pytest.raises(ArgumentError, match=rf"token_ids\[1\]: expected 0 to 8, got {bad}"):
@@ -313,7 +401,7 @@ def test_all_simd_levels_give_the_same_bits() -> None:
         for level in FMA_LEVELS:
             simd.use(level)
             probs = work.probabilities(row, 0.9, 0, 0.95, 0.001)
-            draws = [work.draw(row, 0.9, 0, 0.95, 0.001, uniform(1, 0, i)) for i in range(100)]
+            draws = [draw(work, row, uniform(1, 0, i), 0.9, 0, 0.95, 0.001) for i in range(100)]
             raced = [one.tobytes() for one in work.race(row, 0.9, 0, 0.95, 0.001, 3, np.linspace(0, 0.99, 30))]
             results.append((simd.active(), work.logsumexp(row), probs.tobytes(), draws, raced))
     finally:

@@ -3,6 +3,7 @@
 
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.string cimport memcpy
 
 from .logprobs cimport check_ids
 
@@ -21,26 +22,47 @@ cdef int check_mask(const uint32_t[::1] bits, const int32_t[::1] end_ids, int64_
     return 0
 
 
-cdef int64_t mask(const float *x, int64_t n, const uint32_t *bits, const int32_t *end_ids, int64_t n_end,
-                  float *out) noexcept nogil:
-    """out[i] = x[i] where its bit is 1, that of the end for end_ids, else -inf. Returns at least how many are left."""
-    cdef int64_t n_left = n_end, i
+cdef int64_t settle(const uint32_t *bits, int64_t n, const int32_t *end_ids, int64_t n_end, uint32_t *out) noexcept nogil:
+    """A bit for each token alone, [n // 32 + 1] words: for end_ids that of the end. Returns how many are 1."""
+    cdef int64_t n_word = n // 32 + 1, n_left = 0, i
     cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
-    for i in range(n // 32 + 1):
-        where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
-        n_left += n_ones(bits[i])
+    memcpy(out, bits, n_word * sizeof(uint32_t))
     for i in range(n_end):
-        out[end_ids[i]] = x[end_ids[i]] if ends else -INFINITY
+        out[end_ids[i] // 32] &= ~BIT[end_ids[i] % 32]
+        out[end_ids[i] // 32] |= BIT[end_ids[i] % 32] if ends else 0
+    out[n // 32] &= BIT[n % 32] - 1  # tokens before the last
+    for i in range(n_word):
+        n_left += n_ones(out[i])
     return n_left
 
 
+cdef void mask(const float *x, int64_t n, const uint32_t *bits, float *out) noexcept nogil:
+    """out[i] = x[i] where its bit is 1, else -inf."""
+    cdef int64_t i
+    for i in range(n // 32 + 1):
+        where(bits[i], x + 32 * i, out + 32 * i, min(n - 32 * i, <int64_t> 32))
+
+
 cdef void where(uint32_t bits, const float *x, float *out, int64_t n) noexcept nogil:
-    """out[i] = x[i] where bit i is 1, else -inf."""
     cdef int64_t i
     cdef float value
     for i in range(n):
         value = x[i]
         out[i] = value if bits & BIT[i] else -INFINITY
+
+
+cdef int64_t pick(const float *x, int64_t n, const uint32_t *bits, float *values, int32_t *token_ids) noexcept nogil:
+    """Moves the entries whose bit is 1, but for -inf, to values and their indices to token_ids: how many."""
+    cdef int64_t i, j, n_found = 0
+    cdef uint32_t word
+    for i in range(n // 32 + 1):
+        word = bits[i]
+        while word:
+            j = 32 * i + n_ones((word & (~word + 1)) - 1)  # as many zeros as there are below the lowest 1
+            word &= word - 1
+            values[n_found], token_ids[n_found] = x[j], <int32_t> j
+            n_found += x[j] > -INFINITY
+    return n_found
 
 
 cdef int64_t n_ones(uint32_t bits) noexcept nogil:

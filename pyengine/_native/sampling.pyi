@@ -5,13 +5,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
+Masking = tuple[NDArray[np.uint32], Ids]  # bits and end_ids of `Workspace.mask`
 
 class Workspace:
     vocab_size: int
     def __init__(self, vocab_size: int) -> None: ...
     def logsumexp(self, logits: Floats) -> float: ...
-    def argmax(self, logits: Floats) -> int: ...
-    def top(self, logits: Floats, k: int) -> tuple[Ids, Floats]: ...
+    def top(self, logits: Floats, k: int, masking: Masking | None = None) -> tuple[Ids, Floats]: ...
     def adjust(
         self,
         logits: Floats,
@@ -30,9 +30,6 @@ class Workspace:
     def probabilities(
         self, logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, n_least: int = 1
     ) -> NDArray[np.float64]: ...
-    def draw(
-        self, logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
-    ) -> int: ...
     def race(
         self,
         logits: Floats,
@@ -43,10 +40,3 @@ class Workspace:
         n_least: int,
         uniforms: NDArray[np.float64],
     ) -> tuple[Ids, NDArray[np.float64]]: ...
-
-def draw_rows(
-    works: list[Workspace],
-    logits: list[Floats],
-    asked: NDArray[np.float64],
-    masks: list[tuple[NDArray[np.uint32], Ids]] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...

@@ -7,16 +7,14 @@ depends on the SIMD level (`max`, `exp_sum`) gives the same bits at every level 
 
 from libc.float cimport FLT_MAX
 from libc.math cimport INFINITY, log
-from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy
 
 from .cutoffs cimport FEW, PEAK, bounds, coarse, cutoff, gather
 from .drawing cimport BLOCK, add_up, invert, race
 from .logprobs cimport check_ids, log_sum_exp
-from .masks cimport check_mask, mask
-from .memory cimport Block
-from .parallel cimport Worker, claim, run, sync
+from .masks cimport check_mask, mask, pick, settle
 from .simd cimport kernels
 
 import numpy as np
@@ -24,28 +22,11 @@ import numpy as np
 from ..errors import ArgumentError
 from .logprobs import unusable
 
-ctypedef struct Entry:
-    float value
-    int32_t token_id
-
-# What tokens are drawn from: see `Workspace.draw`.
-cdef struct Filters:
-    double temperature, top_p, min_p
-    int64_t top_k, n_least
-
-
 cdef class Workspace:
     """Scratch memory for rows of `vocab_size` logits, and what is done to such a row. For one thread at a time.
 
     Logits are float32 [vocab_size]. -inf is a probability of zero; NaN, +inf or only -inf raise `NonFiniteError`.
     """
-
-    cdef readonly int64_t vocab_size
-    cdef int64_t n_left  # the most tokens that the last `mask` can have left
-    cdef float[::1] adjusted, masked, kept, weights, values, masses, maxima
-    cdef double[::1] sums
-    cdef int32_t[::1] kept_ids, counts
-    cdef int16_t[::1] buckets
 
     def __init__(self, int64_t vocab_size):
         if vocab_size < 1:
@@ -53,8 +34,8 @@ cdef class Workspace:
         self.vocab_size = vocab_size
         self.adjusted = np.empty(vocab_size, np.float32)  # what `adjust` returns
         self.masked = np.empty(vocab_size, np.float32)  # what `mask` returns
-        self.n_left = vocab_size
-        self.kept = np.empty(vocab_size, np.float32)  # the logits that top_k left, ascending in token id
+        self.allowed = np.empty(vocab_size // 32 + 1, np.uint32)  # a mask's bits, those of the end at its tokens
+        self.kept = np.empty(vocab_size, np.float32)  # the logits that a mask or top_k left, ascending in token id
         self.kept_ids = np.empty(vocab_size, np.int32)
         self.weights = np.empty(vocab_size, np.float32)  # the distribution that is drawn from, times a constant
         self.values = np.empty(vocab_size, np.float32)  # values, masses, buckets: scratch of a search for a cut-off
@@ -86,40 +67,46 @@ cdef class Workspace:
             raise unusable(logits)
         return total
 
-    def argmax(self, const float[::1] logits) -> int:
-        """The token id of the largest logit, the lowest of those that tie."""
-        cdef float top = self.maximum(logits)
-        return first_of(&logits[0], top)
-
-    def top(self, const float[::1] logits, int64_t k):
+    def top(self, const float[::1] logits, int64_t k, masking=None):
         """The k largest logits, descending, ties by ascending token id: token_ids int32 [k], logits float32 [k].
 
-        Tokens of probability zero are left out, so there may be fewer.
+        Of those that `masking` allows, the bits and end_ids of `mask`. Tokens of probability zero are left out, so there may
+        be fewer.
         """
-        self.maximum(logits)
-        k = min(k, self.vocab_size)
-        if k < 1:
-            return np.empty(0, np.int32), np.empty(0, np.float32)
-        cdef int64_t n, i, n_tied, n_found = 0
-        cdef float top, low
-        with nogil:
-            n = self.keep_top(&logits[0], k)
-            bounds(&self.kept[0], n, &top, &low)
-            n_tied = k  # how many of those that tie with the lowest there is room for
-            for i in range(n):
-                n_tied -= self.kept[i] > low
-        out = np.empty(min(k, n), np.dtype([("value", np.float32), ("token_id", np.int32)]))
+        cdef Masking m
+        cdef int64_t n = 0
+        self.check(logits)
+        hold(&m, masking, self.vocab_size)
+        out = np.empty(max(min(k, self.vocab_size), 0), np.dtype([("value", np.float32), ("token_id", np.int32)]))
         cdef Entry[::1] entries = out
-        with nogil:
-            for i in range(n):
-                if self.kept[i] == low:
-                    n_tied -= 1
-                    if n_tied < 0:
-                        continue
-                entries[n_found].value, entries[n_found].token_id = self.kept[i], self.kept_ids[i]
-                n_found += 1
-            qsort(&entries[0], n_found, sizeof(Entry), by_rank)
-        return out["token_id"].copy(), out["value"].copy()
+        if len(out):
+            with nogil:
+                n = self.top_row(&logits[0], &m, entries.shape[0], &entries[0])
+        if n < 0:
+            raise unusable(logits)
+        return out["token_id"][:n].copy(), out["value"][:n].copy()
+
+    cdef int64_t top_row(self, const float *x, const Masking *m, int64_t k, Entry *entries) noexcept nogil:
+        """What `top` does, for 0 < k <= vocab_size. Returns how many, -1 if the logits can't be used."""
+        cdef int64_t n = self.restrict(&x, m), n_tied = k, n_found = 0, i
+        cdef float top = kernels().max(x, n) if n else -INFINITY, low
+        if not top < INFINITY or (top == -INFINITY and not m.bits):
+            return -1
+        if top == -INFINITY:
+            return 0
+        n = self.keep_top(x, k) if n == self.vocab_size else self.keep_fewer(n, k)
+        bounds(&self.kept[0], n, &top, &low)
+        for i in range(n):  # how many of those that tie with the lowest there is room for
+            n_tied -= self.kept[i] > low
+        for i in range(n):
+            if self.kept[i] == low:
+                n_tied -= 1
+                if n_tied < 0:
+                    continue
+            entries[n_found].value, entries[n_found].token_id = self.kept[i], self.kept_ids[i]
+            n_found += 1
+        qsort(entries, n_found, sizeof(Entry), by_rank)
+        return n_found
 
     def adjust(self, const float[::1] logits, float shift, const int32_t[::1] taken_ids, float diversity_penalty,
                const int32_t[::1] prompt_ids, const int32_t[::1] generated_ids, float repetition_penalty, float presence_penalty,
@@ -173,12 +160,23 @@ cdef class Workspace:
         self.check(logits)
         check_mask(bits, end_ids, self.vocab_size)
         with nogil:
-            self.mask_row(&logits[0], &bits[0], &end_ids[0] if end_ids.shape[0] else NULL, end_ids.shape[0])
+            settle(&bits[0], self.vocab_size, first_id(end_ids), end_ids.shape[0], &self.allowed[0])
+            mask(&logits[0], self.vocab_size, &self.allowed[0], &self.masked[0])
         return np.asarray(self.masked)
 
-    cdef void mask_row(self, const float *x, const uint32_t *bits, const int32_t *end_ids, int64_t n_end) noexcept nogil:
-        """What `mask` does, to self.masked."""
-        self.n_left = mask(x, self.vocab_size, bits, end_ids, n_end, &self.masked[0])
+    cdef int64_t restrict(self, const float **x, const Masking *m) noexcept nogil:
+        """Points x to what a mask leaves of it: vocab_size logits, or fewer, which are all but -inf: those in self.kept."""
+        cdef int64_t n = self.vocab_size, n_left
+        if not m.bits:
+            return n
+        n_left = settle(m.bits, n, m.end_ids, m.n_end, &self.allowed[0])
+        if n_left < n // 8:  # the others needn't be looked at
+            n = pick(x[0], n, &self.allowed[0], &self.kept[0], &self.kept_ids[0])
+            x[0] = &self.kept[0]
+        else:
+            mask(x[0], n, &self.allowed[0], &self.masked[0])
+            x[0] = &self.masked[0]
+        return n
 
     cdef int64_t keep_top(self, const float *x, int64_t k) noexcept nogil:
         """Moves the k largest logits, and those that tie with the k-th, to self.kept and self.kept_ids: how many.
@@ -195,40 +193,84 @@ cdef class Workspace:
         if k <= n_block:
             low = cutoff(values, NULL, n_block, k)
         n_found = gather(x, n, maxima, low, values, &self.kept_ids[0])
-        low = cutoff(values, NULL, n_found, k)
-        return gather(x, n, maxima, low, &self.kept[0], &self.kept_ids[0])
+        self.cut = cutoff(values, NULL, n_found, k)
+        return gather(x, n, maxima, self.cut, &self.kept[0], &self.kept_ids[0])
 
-    cdef int64_t filter(self, const float *x, float top, const Filters *f) noexcept nogil:
+    cdef int64_t keep_fewer(self, int64_t n, int64_t k) noexcept nogil:
+        """What `keep_top` does, for the n logits that are in self.kept already."""
+        cdef float value
+        cdef int64_t n_found = 0, i
+        if n <= k:
+            return n
+        memcpy(&self.values[0], &self.kept[0], n * sizeof(float))
+        self.cut = cutoff(&self.values[0], NULL, n, k)
+        for i in range(n):
+            value = self.kept[i]
+            self.kept[n_found], self.kept_ids[n_found] = value, self.kept_ids[i]
+            n_found += value >= self.cut
+        return n_found
+
+    cdef int64_t filter(self, const float *x, int64_t n, float top, const Filters *f, bint weighed) noexcept nogil:
         """Fills self.weights with exp((logit - top) / temperature), 0 for tokens that are filtered out; top is the maximum.
 
-        The n_least largest stay whatever the filters say. Returns how many there are: vocab_size, or fewer, whose ids
-        are in self.kept_ids, if top_k has left only those.
+        x are all logits, or the n that are in self.kept; `weighed`: the weights at a temperature of 1 are there. The
+        n_least largest stay whatever the filters say. Returns how many weights there are: vocab_size, or fewer, whose ids
+        are in self.kept_ids, if a mask or top_k has left only those.
         """
         cdef float *weights = &self.weights[0]
-        cdef int64_t n = self.vocab_size, top_k = f.top_k, i
+        cdef int64_t i
         cdef float least = INFINITY, low  # the lowest logit that stays in any case; the lowest weight
         cdef double scale = inverse(f.temperature)
         if f.n_least > 1 and (f.top_p < 1.0 or f.min_p > 0.0):
             bounds(&self.kept[0], self.keep_top(x, f.n_least), &top, &least)
-        if x == &self.masked[0] and self.n_left < n // 8:  # those few: the others would weigh nothing
-            top_k = min(top_k, self.n_left) if top_k else self.n_left
-        if top_k > 0 and max(top_k, f.n_least) < n:
-            n = self.keep_top(x, max(top_k, f.n_least))
-            x = &self.kept[0]
-        kernels().exp_sum(x, n, top, <float> scale, weights)
+        self.cut = -INFINITY
+        if f.top_k > 0 and max(f.top_k, f.n_least) < n:
+            n = self.keep_top(x, max(f.top_k, f.n_least)) if n == self.vocab_size else self.keep_fewer(n, f.top_k)
+            x, weighed = &self.kept[0], False
+        if not (weighed and scale == 1.0):
+            kernels().exp_sum(x, n, top, <float> scale, weights)
         if f.top_p < 1.0:
-            drop(weights, x, n, min(self.nucleus(x, n, top, scale, f.top_p), least))
+            self.cut = max(self.cut, min(self.nucleus(x, n, top, scale, f.top_p), least))
+            drop(weights, x, n, self.cut)
         if f.min_p > 0.0:
             low = <float> f.min_p  # the largest weight is 1
             for i in range(n):
                 weights[i] = 0.0 if (weights[i] < low) & (x[i] < least) else weights[i]
+            self.cut = lowest(x, weights, n)
         return n
 
-    cdef int64_t draw_from(self, const float *x, float top, const Filters *f, double uniform) noexcept nogil:
-        """What `draw` does, for logits that can be used."""
-        cdef int64_t n = self.filter(x, top, f), i
-        i = invert(&self.weights[0], n, &self.sums[0], uniform * add_up(&self.weights[0], n, &self.sums[0]))
-        return self.kept_ids[i] if n < self.vocab_size else i
+    cdef double draw_row(self, const float *x, Wish *wish) noexcept nogil:
+        """What `draw_rows` does for a row. Returns the logits' logsumexp, NaN with a mask and where they can't be used."""
+        cdef Filters filters = wish.filters
+        cdef int64_t n = self.restrict(&x, &wish.masking), i, j
+        cdef bint whole = wish.masking.bits == NULL
+        cdef float top = kernels().max(x, n) if n else -INFINITY
+        cdef double sum = 0.0, mass
+        for j in range(wish.n_uniform):
+            wish.token_ids[j] = -1
+        if not -INFINITY < top < INFINITY:
+            return <double> INFINITY - INFINITY
+        if whole:
+            sum = kernels().exp_sum(x, n, top, 1.0, &self.weights[0] if filters.temperature else NULL)
+        elif wish.cut > -INFINITY and top >= wish.cut:  # what the filters leave isn't masked altogether
+            filters.top_k, filters.top_p, filters.min_p = 0, 1.0, 0.0
+        if filters.temperature == 0.0 or (whole and stands_alone(&filters, 1.0 / sum)):
+            wish.cut, i = top, first_of(x, top)
+            for j in range(wish.n_uniform):
+                wish.token_ids[j] = self.kept_ids[i] if n < self.vocab_size else i
+        else:
+            n = self.filter(x, n, top, &filters, whole)
+            if n < self.vocab_size:
+                x = &self.kept[0]
+            if whole:
+                wish.cut = self.cut
+            elif top >= wish.cut > -INFINITY:
+                drop(&self.weights[0], x, n, wish.cut)
+            mass = add_up(&self.weights[0], n, &self.sums[0])
+            for j in range(wish.n_uniform):
+                i = invert(&self.weights[0], n, &self.sums[0], wish.uniforms[j] * mass)
+                wish.token_ids[j] = self.kept_ids[i] if n < self.vocab_size else i
+        return top + log(sum) if whole else <double> INFINITY - INFINITY
 
     cdef float nucleus(self, const float *x, int64_t n, float top, double scale, double top_p) noexcept nogil:
         """The highest cut-off such that the entries with x >= cut-off have at least top_p of all the weight.
@@ -251,40 +293,25 @@ cdef class Workspace:
 
     def probabilities(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
                       int64_t n_least=1):
-        """What `draw` draws from: float64 [vocab_size], 0 for tokens that are filtered out."""
+        """What `draw_rows` draws from: float64 [vocab_size], 0 for tokens that are filtered out."""
         cdef Filters f = filters_of(temperature, top_k, top_p, min_p, n_least)
-        cdef int64_t n = self.filter(&logits[0], self.maximum(logits), &f)
+        cdef int64_t n = self.filter(&logits[0], self.vocab_size, self.maximum(logits), &f, False)
         weights = np.asarray(self.weights[:n], np.float64)
         probs = np.zeros(self.vocab_size)
         probs[np.asarray(self.kept_ids[:n]) if n < self.vocab_size else slice(None)] = weights / weights.sum()
         return probs
 
-    def draw(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
-             double uniform) -> int:
-        """One token id: the first whose cumulative probability, over ascending ids, exceeds `uniform` in [0, 1).
-
-        The distribution is softmax(logits / temperature), of which only these tokens stay, in this order: the top_k
-        largest (0: all); the fewest largest whose mass reaches top_p (Holtzman et al. 2019); those of at least min_p times
-        the largest probability. temperature > 0, 0 < top_p <= 1, 0 <= min_p < 1.
-        """
-        cdef Filters f = filters_of(temperature, top_k, top_p, min_p, 1)
-        cdef float top = self.maximum(logits)
-        cdef int64_t token_id
-        with nogil:
-            token_id = self.draw_from(&logits[0], top, &f, uniform)
-        return token_id
-
     def race(self, const float[::1] logits, double temperature, int64_t top_k, double top_p, double min_p,
              int64_t n_least, const double[::1] uniforms):
         """Token ids that arrive in a race, the first first, and the logs of their times: int32 [n], float64 [n].
 
-        A token that the filters of `draw` leave, or one of the n_least largest, arrives at a rate of
+        A token that the filters of `draw_rows` leave, or one of the n_least largest, arrives at a rate of
         exp(logit / temperature). So the first n of one row, or of several rows together, are a draw of n tokens without
         replacement, in proportion to these rates (Efraimidis and Spirakis 2006). uniforms in [0, 1) are two for each
         that may arrive; fewer arrive where no more are left.
         """
         cdef Filters f = filters_of(temperature, top_k, top_p, min_p, n_least)
-        cdef int64_t n = self.filter(&logits[0], self.maximum(logits), &f)
+        cdef int64_t n = self.filter(&logits[0], self.vocab_size, self.maximum(logits), &f, False)
         cdef int64_t n_draw = min(uniforms.shape[0] // 2, n), n_drawn = 0
         indices, log_times = np.empty(n_draw, np.int32), np.empty(n_draw, np.float64)
         cdef int32_t[::1] index = indices
@@ -296,85 +323,53 @@ cdef class Workspace:
         return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
-# One row of many that are drawn from at once.
-cdef struct Row:
-    const float *x
-    const uint32_t *bits  # what `Workspace.mask` takes, or NULL
-    const int32_t *end_ids
-    int64_t n_end
-    Filters filters
-    double uniform
-    double total  # the logits' logsumexp, NaN where they can't be used
-    int64_t token_id
-
-cdef struct DrawTask:
-    void **works
-    Row *rows
-    int64_t n_row
-
-
-def draw_rows(list works, list logits, const double[:, ::1] asked, list masks=None):
-    """The next tokens of many samples, on a thread for each of `works`, which are of one vocab_size.
-
-    logits are float32 [vocab_size] each; asked is float64 [n, 5]: temperature (0 for the largest logit), top_k, top_p,
-    min_p, uniform, as `Workspace.draw` has them; masks are bits and end_ids of each, as `Workspace.mask` has them. Returns
-    token ids, int64 [n], -1 where there is none, and the logits' logsumexp, float64 [n], NaN where a row can't be used.
-    """
-    cdef int64_t n = len(logits), i
-    cdef Block pointers = Block(len(works) * sizeof(void *), "sampling"), rows = Block(n * sizeof(Row), "sampling")
-    cdef DrawTask task
-    cdef Workspace work
-    cdef const float[::1] x
+cdef int hold(Masking *m, masking, int64_t vocab_size) except -1:
+    """`masking` is bits and end_ids, which must be kept alive, or None."""
     cdef const uint32_t[::1] bits
     cdef const int32_t[::1] end_ids
-    cdef Row *row
-    task.works, task.rows, task.n_row = <void **>pointers.data, <Row *>rows.data, n
-    for i, work in enumerate(works):
-        task.works[i] = <void *>work
-    for i in range(n):
-        x, row = logits[i], &task.rows[i]
-        work.check(x)
-        row.x, row.uniform, row.bits = &x[0], asked[i, 4], NULL
-        if masks is not None:
-            bits, end_ids = masks[i]
-            check_mask(bits, end_ids, work.vocab_size)
-            row.bits, row.n_end = &bits[0], end_ids.shape[0]
-            row.end_ids = &end_ids[0] if row.n_end else NULL
-        row.filters = filters_of(asked[i, 0], <int64_t>asked[i, 1], asked[i, 2], asked[i, 3], 1)
-    run(len(works), 1, draw_body, &task)
-    token_ids, totals = np.empty(n, np.int64), np.empty(n, np.float64)
-    for i in range(n):
-        token_ids[i], totals[i] = task.rows[i].token_id, task.rows[i].total
-    return token_ids, totals
+    m.bits, m.end_ids, m.n_end = NULL, NULL, 0
+    if masking is not None:
+        bits, end_ids = masking
+        check_mask(bits, end_ids, vocab_size)
+        m.bits, m.end_ids, m.n_end = &bits[0], first_id(end_ids), end_ids.shape[0]
+    return 0
 
 
-cdef void draw_body(void *context, Worker *worker) noexcept nogil:
-    cdef DrawTask *task = <DrawTask *>context
-    cdef int64_t unit = claim(worker, task.n_row)
-    while unit >= 0:
-        draw_row(<Workspace>task.works[worker.index], &task.rows[unit])
-        unit = claim(worker, task.n_row)
-    sync(worker, task.n_row)
-
-
-cdef void draw_row(Workspace work, Row *row) noexcept nogil:
-    cdef const float *x = row.x
-    cdef float top
-    row.total, row.token_id = log_sum_exp(x, work.vocab_size), -1
-    if row.total != row.total:
-        return
-    if row.bits:
-        work.mask_row(x, row.bits, row.end_ids, row.n_end)
-        x = &work.masked[0]
-    top = kernels().max(x, work.vocab_size)
-    if top > -INFINITY:
-        row.token_id = work.draw_from(x, top, &row.filters, row.uniform) if row.filters.temperature else first_of(x, top)
+cdef const int32_t *first_id(const int32_t[::1] ids) noexcept nogil:
+    return &ids[0] if ids.shape[0] else NULL
 
 
 cdef Filters filters_of(double temperature, int64_t top_k, double top_p, double min_p, int64_t n_least) noexcept nogil:
     cdef Filters f
     f.temperature, f.top_k, f.top_p, f.min_p, f.n_least = temperature, top_k, top_p, min_p, n_least
     return f
+
+
+cdef bint stands_alone(const Filters *f, double p) noexcept nogil:
+    """Whether they leave the most probable token alone, which has a probability of p at a temperature of 1.
+
+    At a lower one it has more. At more than a half none ties with it.
+    """
+    cdef bint enough = (p >= f.top_p and f.top_p < 1.0) or 1.0 - p < f.min_p * p
+    return p > 0.5 and (f.top_k == 1 or (enough and f.temperature <= 1.0))
+
+
+cdef float lowest(const float *x, const float *weights, int64_t n) noexcept nogil:
+    """The lowest that weighs anything. In lanes: one comparison alone would wait for each."""
+    cdef float lows[16]
+    cdef float low = INFINITY, value
+    cdef int64_t i, j
+    for j in range(16):
+        lows[j] = INFINITY
+    for i in range(n // 16):
+        for j in range(16):
+            value = x[16 * i + j] if weights[16 * i + j] > 0.0 else <float> INFINITY
+            lows[j] = value if value < lows[j] else lows[j]
+    for i in range(n - n % 16, n):
+        lows[i % 16] = min(lows[i % 16], x[i]) if weights[i] > 0.0 else lows[i % 16]
+    for j in range(16):
+        low = min(low, lows[j])
+    return low
 
 
 cdef int64_t first_of(const float *x, float value) noexcept nogil:
