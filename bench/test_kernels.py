@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from pyengine._native import limits, simd
 from pyengine._native.attention import attention
 from pyengine._native.matmul import PackedMatrix, matmul
+from pyengine._native.packing import Loader, StoredMatrix
 
 SHAPES = [(512, 2304, 768), (512, 768, 3072), (32, 3072, 768), (1, 3072, 768), (1, 50257, 768)]  # rows, n_out, n_in
 
@@ -30,7 +31,8 @@ def test_matmul(
     x = rng.standard_normal((n_row, n_in), np.float32)
     w = rng.standard_normal((n_out, n_in), np.float32)
     packed = PackedMatrix(n_out, n_in, dtype)
-    packed.pack(w.view(np.uint8).reshape(-1), "F32", "out_in", threads=threads)
+    stored = StoredMatrix(w.view(np.uint8).reshape(-1), 0, "F32", "out_in", n_out, n_in)
+    Loader(threads).pack([(stored, packed, None, None)])
     before = simd.use(level)
     try:
         exact = x[:4] @ w.T

@@ -182,9 +182,17 @@ typedef struct pe_kernels {
     int32_t (*spin_q8)(int64_t n);
     float (*read)(const void *p, int64_t n);
 
-    /* Reads 16 columns of a checkpoint's matrix as one float32 panel: panel[i][j] = src[i * k_stride + j * n_stride] for i < k,
-     * j < n; zeros in columns n..15. Strides in elements. Returns 0 if any value is NaN or infinite, else 1. */
-    int (*load_panel)(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride, float *panel);
+    /* Reads 16 columns of a checkpoint's matrix as one float32 panel: panel[i][j] = src[i * k_stride + j * n_stride] * in_scale[i]
+     * * out_scale[j] for i < k, j < n, in this order; zeros in columns n..15. A scale may be NULL. Strides in elements. Returns 0
+     * if any value of src is NaN or infinite, else 1. */
+    int (*load_panel)(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride,
+                      const float *in_scale, const float *out_scale, float *panel);
+
+    /* largest[j] = the largest |panel[i][j]| of a float32 panel [k][16]. */
+    void (*panel_largest)(const float *panel, int64_t k, float *largest);
+
+    /* sums[j] = the sum of panel[i][j]^2, i ascending from 0, each product and each sum rounded. */
+    void (*panel_squares)(const float *panel, int64_t k, float *sums);
 
     /* A float32 panel [k][16] to int8: scale[j] = max |column j| / 127 (1 for a zero column), q = round(panel / scale) in the
      * layout of pe_weights_q8, column_sum[group][16]. */

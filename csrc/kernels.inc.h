@@ -3,6 +3,7 @@
  * vf, vi, vm          16 floats, 16 int32, a mask of 16 lanes
  * vf_load vf_store    any address; vf_load_part(p, n) the first n lanes, zeros behind; vf_store_part(p, a, n)
  * vf_set vi_set       one value in all lanes; vm_first(n) the first n lanes
+ * vf_zip_low high     a0 b0 a1 b1 ... of the lower 8 lanes, of the higher ones
  * vf_add sub mul div  lane by lane, correctly rounded; vi_add sub mul and or min max wrap
  * vi_words vi_mul16   16 int16, made ready; their products with one number of 16 bits
  * vf_min vf_max       the second operand where either is NaN

@@ -32,36 +32,97 @@ PE_INLINE float read_value(const void *src, pe_dtype dtype, int64_t i)
     }
 }
 
-PE_INLINE int read_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride,
-                         float *panel)
+/* 16 values that lie side by side. */
+PE_INLINE vf read_vector(const void *src, pe_dtype dtype, int64_t i)
 {
+    if (dtype == PE_F32)
+        return vf_load((const float *)src + i);
+    PE_ALIGNED float values[PE_LANES];
+    for (int j = 0; j < PE_LANES; j++)
+        values[j] = read_value(src, dtype, i + j);
+    return vf_load(values);
+}
+
+/* Rows become columns. A round moves all bits of an element's place, row and column, up by one and the highest to the end. */
+PE_INLINE void transpose(vf *rows)
+{
+    PE_UNROLL
+    for (int round = 0; round < 4; round++) {
+        vf zipped[PE_LANES];
+        PE_UNROLL
+        for (int i = 0; i < PE_LANES / 2; i++) {
+            zipped[2 * i] = vf_zip_low(rows[i], rows[i + PE_LANES / 2]);
+            zipped[2 * i + 1] = vf_zip_high(rows[i], rows[i + PE_LANES / 2]);
+        }
+        PE_UNROLL
+        for (int i = 0; i < PE_LANES; i++)
+            rows[i] = zipped[i];
+    }
+}
+
+/* A row of a panel, scaled. Returns 0 times the row: NaN where a value isn't finite. */
+PE_INLINE vf put_row(vf row, const float *in_scale, vf out_scale, int64_t i, float *panel)
+{
+    vf_store(panel + i * PE_LANES, vf_mul(vf_mul(row, vf_set(in_scale ? in_scale[i] : 1.0f)), out_scale));
+    return vf_mul(row, vf_set(0.0f));
+}
+
+PE_INLINE int read_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride,
+                         const float *in_scale, const float *out_scale, float *panel)
+{
+    const vf outs = out_scale ? vf_load_part(out_scale, (int)n) : vf_set(1.0f);
     vf check = vf_set(0.0f);
-    for (int64_t i = 0; i < k; i++) {
-        float *row = panel + i * PE_LANES;
+    int64_t i = 0;
+    if (n == PE_LANES && n_stride == 1) {
+        for (; i < k; i++)
+            check = vf_add(check, put_row(read_vector(src, dtype, i * k_stride), in_scale, outs, i, panel));
+    } else if (n == PE_LANES && k_stride == 1) {
+        for (; i + PE_LANES <= k; i += PE_LANES) {
+            vf rows[PE_LANES];
+            PE_UNROLL
+            for (int j = 0; j < PE_LANES; j++)
+                rows[j] = read_vector(src, dtype, j * n_stride + i);
+            transpose(rows);
+            PE_UNROLL
+            for (int j = 0; j < PE_LANES; j++)
+                check = vf_add(check, put_row(rows[j], in_scale, outs, i + j, panel));
+        }
+    }
+    for (; i < k; i++) {
+        PE_ALIGNED float values[PE_LANES] = {0};
         for (int64_t j = 0; j < n; j++)
-            row[j] = read_value(src, dtype, i * k_stride + j * n_stride);
-        for (int64_t j = n; j < PE_LANES; j++)
-            row[j] = 0.0f;
-        check = vf_add(check, vf_mul(vf_load(row), vf_set(0.0f)));
+            values[j] = read_value(src, dtype, i * k_stride + j * n_stride);
+        check = vf_add(check, put_row(vf_load(values), in_scale, outs, i, panel));
     }
     return vf_sum(check) == 0.0f;
 }
 
-/* The usual cases with constants, so that the compiler makes vectors of them. */
-static int load_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride, float *panel)
+static int load_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride,
+                      const float *in_scale, const float *out_scale, float *panel)
 {
-    const int full = n == PE_LANES && n_stride == 1;
-    switch (dtype) {
-    case PE_F32:
-        return full ? read_panel(src, PE_F32, k, k_stride, PE_LANES, 1, panel)
-                    : read_panel(src, PE_F32, k, k_stride, n, n_stride, panel);
-    case PE_F16:
-        return full ? read_panel(src, PE_F16, k, k_stride, PE_LANES, 1, panel)
-                    : read_panel(src, PE_F16, k, k_stride, n, n_stride, panel);
-    default:
-        return full ? read_panel(src, PE_BF16, k, k_stride, PE_LANES, 1, panel)
-                    : read_panel(src, PE_BF16, k, k_stride, n, n_stride, panel);
+    switch (dtype) { /* constants: the compiler makes a loop for each */
+    case PE_F32: return read_panel(src, PE_F32, k, k_stride, n, n_stride, in_scale, out_scale, panel);
+    case PE_F16: return read_panel(src, PE_F16, k, k_stride, n, n_stride, in_scale, out_scale, panel);
+    default: return read_panel(src, PE_BF16, k, k_stride, n, n_stride, in_scale, out_scale, panel);
     }
+}
+
+static void panel_largest(const float *panel, int64_t k, float *largest)
+{
+    vf most = vf_set(0.0f);
+    for (int64_t i = 0; i < k * PE_LANES; i += PE_LANES) {
+        const vf v = vf_load(panel + i);
+        most = vf_max(vf_max(v, vf_sub(vf_set(0.0f), v)), most);
+    }
+    vf_store(largest, most);
+}
+
+static void panel_squares(const float *panel, int64_t k, float *sums)
+{
+    vf sum = vf_set(0.0f);
+    for (int64_t i = 0; i < k * PE_LANES; i += PE_LANES)
+        sum = vf_add(sum, vf_mul(vf_load(panel + i), vf_load(panel + i)));
+    vf_store(sums, sum);
 }
 
 /* 1 / x; 1 where |x| is next to nothing, so that a column of zeros divides nothing by 0. */

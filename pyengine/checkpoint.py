@@ -9,7 +9,6 @@ maps the file (a file truncated under a map kills the process; a short read is a
 
 from __future__ import annotations
 
-import difflib
 import io
 import itertools
 import json
@@ -307,6 +306,10 @@ class Checkpoint:
             )
         self._files[tensor.path].read_into(out.data, tensor.offset + start, tensor)
 
+    def fileno(self, tensor: TensorInfo) -> int:
+        """The descriptor of the file that a tensor is in, for native code to read from."""
+        return self._files[tensor.path].file.fileno()
+
     def close(self) -> None:
         """Close the files; what was read stays valid."""
         for file in self._files.values():
@@ -401,6 +404,8 @@ def _named(names: list[str]) -> str:
 
 
 def _closest(name: str, candidates: Iterable[str]) -> str:
+    import difflib  # not needed to load what is well
+
     # Comparing takes quadratic time in the length, so a bounded number of names that could be meant are looked at.
     few = list(itertools.islice((candidate for candidate in candidates if len(candidate) < 100), 1000))
     close = difflib.get_close_matches(name, few, n=1)

@@ -9,16 +9,16 @@ SmoothQuant, Xiao et al. 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .plan import Attend, Linear, Norm, Plan
+from .plan import Attend, Linear, Norm, Op, Plan
 
 Floats = npt.NDArray[np.float32]
-Columns = Callable[[str], Iterator[tuple[int, Floats]]]  # a matrix's name → (first output column, float32 [n, n_in])
 
 # A normalised channel stays within this many standard deviations for nearly all tokens.
 DEVIATIONS = 3.0
@@ -36,26 +36,44 @@ class Scales:
     outs: dict[str, Floats] = field(default_factory=dict)
 
 
+class Measure(Protocol):
+    """What is asked of matrices, by their names; all at once, as each time all of them are read."""
+
+    def largest_by_input(self, names: Iterable[str]) -> dict[str, Floats]:
+        """The size of the largest weight that each input channel meets: [n_in]."""
+
+    def output_norms(self, ins: Mapping[str, Floats | None]) -> dict[str, Floats]:
+        """The norm of each output's weights, where inputs are multiplied with a scale: [n_out]."""
+
+
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # weights that aren't finite are refused when packed
-def equalize(plan: Plan, vectors: dict[str, Floats], columns: Columns, dtype: str) -> Scales:
+def equalize(plan: Plan, vectors: dict[str, Floats], measure: Measure, dtype: str) -> Scales:
     """The scales of every matrix of a model in `dtype`; changes the norms' gains and biases, and the biases of values,
-    in `vectors` to match.
+    in `vectors` to match. None for a dtype that needs none.
     """
-    scales, power = Scales(), POWER[dtype]
+    scales = Scales()
+    if dtype not in POWER:
+        return scales
+    power = POWER[dtype]
+    met: dict[int, list[str]] = {}  # operation → the matrices that its output meets
     for i, op in enumerate(plan.ops):
-        linears = readers(plan, i)
-        if not linears or any(linear.weight in scales.ins for linear in linears):
-            continue
-        largest = np.max([largest_by_input(columns(linear.weight)) for linear in linears], axis=0)
+        weights = [linear.weight for linear in readers(plan, i)] if isinstance(op, Norm | Attend) else []
+        if weights and not any(weight in others for others in met.values() for weight in weights):
+            met[i] = weights
+    by_matrix = measure.largest_by_input([weight for weights in met.values() for weight in weights])
+    largest: dict[int, Floats] = {i: np.max([by_matrix[weight] for weight in met[i]], axis=0) for i in met}
+    for i, weights in met.items():
+        op = plan.ops[i]
         if isinstance(op, Norm):
-            s = _scale(DEVIATIONS * np.abs(vectors[op.gain]) + np.abs(vectors[op.bias]), largest, power)
+            s = _scale(DEVIATIONS * np.abs(vectors[op.gain]) + np.abs(vectors[op.bias]), largest[i], power)
             vectors[op.gain], vectors[op.bias] = vectors[op.gain] / s, vectors[op.bias] / s
-        elif isinstance(op, Attend):
-            s = _equalize_values(plan, i, largest, vectors, columns, scales, power)
-        else:
-            continue
-        for linear in linears:
-            scales.ins[linear.weight] = s
+            scales.ins |= dict.fromkeys(weights, s)
+    makers = {i: qkv for i in met if isinstance(qkv := plan.ops[i - 1], Linear) and isinstance(plan.ops[i], Attend)}
+    # A value's standard deviation, if the inputs of its product had equal ones: the norm of its row of weights.
+    spreads = measure.output_norms({qkv.weight: scales.ins.get(qkv.weight) for qkv in makers.values()})
+    for i, qkv in makers.items():
+        s = _equalize_values(plan.ops[i], qkv, largest[i], spreads[qkv.weight], vectors, scales, power)
+        scales.ins |= dict.fromkeys(met[i], s)
     return scales
 
 
@@ -73,16 +91,11 @@ def readers(plan: Plan, i: int) -> list[Linear]:
 
 
 def _equalize_values(
-    plan: Plan, i: int, largest: Floats, vectors: dict[str, Floats], columns: Columns, scales: Scales, power: float
+    attend: Op, qkv: Linear, largest: Floats, spread: Floats, vectors: dict[str, Floats], scales: Scales, power: float
 ) -> Floats:
     """The scale of attention's output [n_head head_dim]; the product that makes the values is divided by it."""
-    attend, qkv = plan.ops[i], plan.ops[i - 1]
-    assert isinstance(attend, Attend) and isinstance(qkv, Linear) and qkv.out == attend.src
+    assert isinstance(attend, Attend) and qkv.out == attend.src
     n_value = attend.n_kv_head * attend.head_dim
-    # A value's standard deviation, if the inputs of its product had equal ones: the norm of its row of weights.
-    spread = np.concatenate(
-        [np.linalg.norm(w * scales.ins.get(qkv.weight, 1.0), axis=1) for _, w in columns(qkv.weight)]
-    )
     bias = None if qkv.bias is None else vectors[qkv.bias]
     value_range = DEVIATIONS * spread[-n_value:] + (0.0 if bias is None else np.abs(bias[-n_value:]))
     # Heads that share a kv head share its channels: the weights that a channel meets are those of all of them.
@@ -97,16 +110,6 @@ def _equalize_values(
     group = attend.n_head // attend.n_kv_head
     by_head: Floats = np.broadcast_to(heads, (attend.n_kv_head, group, attend.head_dim)).reshape(-1).copy()
     return by_head
-
-
-def largest_by_input(columns: Iterator[tuple[int, Floats]]) -> Floats:
-    """The largest weight that each input channel meets: [n_in]."""
-    largest: Floats | None = None
-    for _, values in columns:  # [n, n_in]
-        part: Floats = np.maximum(values.max(axis=0), -values.min(axis=0))
-        largest = part if largest is None else np.maximum(largest, part)
-    assert largest is not None
-    return largest
 
 
 def _scale(channel_range: npt.NDArray[np.floating], weight_range: Floats, power: float) -> Floats:

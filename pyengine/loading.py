@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib import resources
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from ._native.pages import KV_DTYPES, KVLayout
 from .architectures import architecture_of
 from .checkpoint import Checkpoint, bind, read_json
 from .cost import default_kv_dtype
+from .equalize import equalize
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointFileError
 from .executor import Executor
 from .kv import PAGE
@@ -23,7 +24,7 @@ from .plan import Plan
 from .scheduler import Scheduler
 from .threads import choose_threads
 from .tokenizer import Tokenizer
-from .weights import load_weights
+from .weights import TensorReader, load_matrices
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 KVDtype = Literal["float32", "bfloat16", "int8"]
@@ -78,18 +79,22 @@ def load(
         raise ArgumentError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     n_threads = choose_threads(threads).count
     folder = find(model)
-    with Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(folder) as checkpoint, ThreadPoolExecutor(1) as beside:
         architecture = architecture_of(checkpoint.config)
         plan: Plan = architecture.plan(checkpoint.config)
         tensors = bind(checkpoint, plan, architecture.PREFIXES, architecture.IGNORED)
         eos_token_ids = _eos_token_ids(folder, checkpoint.config, plan.vocab_size)
-        tokenizer = Tokenizer.from_folder(folder, plan.vocab_size)
-        matrices, vectors = load_weights(checkpoint, tensors, plan, dtype, n_threads, progress)
+        weights = TensorReader(checkpoint, tensors, plan, n_threads)
+        vectors = weights.vectors()
+        scales = equalize(plan, vectors, weights, dtype)
+        # The tokenizer holds the GIL while it is made, some 0.1 s. Packing takes as long and doesn't need it.
+        tokenizer = beside.submit(Tokenizer.from_folder, folder, plan.vocab_size)
+        matrices = load_matrices(weights, scales, dtype, progress)
     page_nbytes = KVLayout(plan.n_layer, plan.n_kv_head, plan.head_dim, kv_dtype).page_nbytes
     pages = choose_pages(kv_memory, page_nbytes, -(-plan.max_seq_len // PAGE), max_batch)
     executor = Executor(plan, matrices, vectors, kv_dtype, n_threads, pages, prefix_cache)
     scheduler = Scheduler(executor, max_batch, step_tokens)
-    return Model(checkpoint.config, dtype, scheduler, tokenizer, eos_token_ids)
+    return Model(checkpoint.config, dtype, scheduler, tokenizer.result(), eos_token_ids)
 
 
 def plan_of(model: str | PathLike[str]) -> Plan:
@@ -104,7 +109,7 @@ def find(model: str | PathLike[str]) -> Path:
     if not isinstance(model, str | PathLike):
         raise ArgumentTypeError(f"model: expected a folder or a model id, got {model!r}")
     if model == "demo":
-        return Path(str(resources.files("pyengine") / "demo"))
+        return Path(__file__).parent / "demo"
     path = Path(model)
     name = str(model)
     is_id = (

@@ -216,14 +216,16 @@ def _read_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _check_vocab(backend: tokenizers.Tokenizer, vocab_size: int, path: Path) -> None:
-    token_of: dict[int, str] = {}
-    for token, token_id in backend.get_vocab().items():
-        if token_id >= vocab_size:
-            raise CheckpointError(
-                f"{path}: {show(token)}: expected a token id below the model's vocab_size, {vocab_size}, got {token_id}"
-            )
-        if token_id in token_of:
-            raise CheckpointError(
-                f"{path}: token id {token_id}: expected one token, got {show(token_of[token_id])} and {show(token)}"
-            )
-        token_of[token_id] = token
+    vocab = backend.get_vocab()
+    token_of = {token_id: token for token, token_id in vocab.items()}
+    if len(token_of) < len(vocab):
+        token, token_id = next((token, i) for token, i in vocab.items() if token_of[i] != token)
+        raise CheckpointError(
+            f"{path}: token id {token_id}: expected one token, got {show(token)} and {show(token_of[token_id])}"
+        )
+    highest = max(token_of, default=-1)
+    if highest >= vocab_size:
+        raise CheckpointError(
+            f"{path}: {show(token_of[highest])}: expected a token id below the model's vocab_size, {vocab_size}, "
+            f"got {highest}"
+        )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from ._native.matmul import PackedMatrix
 from ._native.memory import Arena
+from ._native.packing import Loader, StoredMatrix
 from .checkpoint import Checkpoint, TensorInfo
 from .cost import matrix_dtypes
-from .equalize import POWER, Scales, equalize
+from .equalize import Scales
 from .errors import CheckpointError
 from .plan import Plan
 
@@ -20,17 +21,36 @@ Bytes = npt.NDArray[np.uint8]
 Stored = npt.NDArray[np.float32 | np.float16 | np.uint16]
 Progress = Callable[[int, int], None]
 
-SLAB_BYTES = 8 << 20
+SLAB_BYTES = 1 << 20  # what a thread reads at once, and has in its core's cache then
+BATCH_BYTES = 512 << 20
 
 
 class TensorReader:
-    """Reads a plan's weights from a checkpoint into one buffer that is used again and again."""
+    """Reads a plan's weights from a checkpoint into buffers that are used again and again."""
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], plan: Plan) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], plan: Plan, threads: int = 1
+    ) -> None:
         self.checkpoint = checkpoint
         self.tensors = tensors
         self.plan = plan
+        self.loader = Loader(threads, SLAB_BYTES)
         self.buffer = np.empty(0, np.uint8)
+
+    def stored(self, name: str) -> StoredMatrix:
+        """A matrix, for `loader`."""
+        tensor, spec = self.tensors[name], self.plan.matrices[name]
+        file = self.checkpoint.fileno(tensor)
+        return StoredMatrix(file, tensor.offset, tensor.dtype, spec.layout, spec.n_out, spec.n_in, tensor)
+
+    def largest_by_input(self, names: Iterable[str]) -> dict[str, Floats]:
+        """See `equalize.Measure`."""
+        names = list(names)
+        return dict(zip(names, self.loader.largest_by_input([self.stored(name) for name in names]), strict=True))
+
+    def output_norms(self, ins: Mapping[str, Floats | None]) -> dict[str, Floats]:
+        """See `equalize.Measure`."""
+        return dict(zip(ins, self.loader.output_norms([(self.stored(name), ins[name]) for name in ins]), strict=True))
 
     def _read(self, name: str, start: int, nbytes: int) -> Bytes:
         if self.buffer.size < nbytes:
@@ -50,6 +70,10 @@ class TensorReader:
                 f"{tensor.path}: {tensor.name}{list(index)}: expected a finite number, got {values[index]}"
             )
         return values
+
+    def vectors(self) -> dict[str, Floats]:
+        """All vectors of the plan."""
+        return {name: self.vector(name) for name in self.plan.vectors}
 
     def slabs(self, name: str) -> Iterator[tuple[int, Bytes]]:
         """(first output column, bytes) of a matrix: whole rows of an "out_in" tensor in slabs, an "in_out" one in one
@@ -87,39 +111,43 @@ def to_float32(stored: Stored) -> Floats:
     return stored.astype(np.float32, copy=False)
 
 
-def load_weights(
-    checkpoint: Checkpoint,
-    tensors: Mapping[str, TensorInfo],
-    plan: Plan,
-    dtype: str,
-    threads: int,
-    progress: Progress | None = None,
-) -> tuple[dict[str, PackedMatrix], dict[str, Floats]]:
-    """The plan's matrices packed as `dtype` (see cost.matrix_dtypes), and its vectors in float32.
+def load_matrices(
+    reader: TensorReader, scales: Scales, dtype: str, progress: Progress | None = None
+) -> dict[str, PackedMatrix]:
+    """The plan's matrices packed as `dtype` (see cost.matrix_dtypes).
 
-    `tensors` maps the plan's names to tensors. `progress` is called with the bytes that were packed so far, and all.
-    Raises CheckpointError where a value is NaN or infinite.
+    `progress` is called with the bytes that were packed so far, and all. Raises CheckpointError where a value is NaN or
+    infinite.
     """
-    reader = TensorReader(checkpoint, tensors, plan)
-    vectors = {name: reader.vector(name) for name in plan.vectors}
-    scales = equalize(plan, vectors, reader.columns, dtype) if dtype in POWER else Scales()
+    plan, tensors = reader.plan, reader.tensors
     dtypes = matrix_dtypes(plan, dtype)
-    total = sum(tensors[name].nbytes for name in plan.matrices)
-    done = 0
-    matrices = {}
     arena = Arena()
-    for name, spec in plan.matrices.items():
-        matrix = matrices[name] = PackedMatrix(spec.n_out, spec.n_in, dtypes[name], arena)
-        for first, raw in reader.slabs(name):
-            bad = matrix.pack(
-                raw, tensors[name].dtype, spec.layout, first, scales.ins.get(name), scales.outs.get(name), threads
-            )
-            if bad >= 0:
-                raise not_finite(reader, name)
-            done += raw.size
-            if progress:
-                progress(done, total)
-    return matrices, vectors
+    matrices = {
+        name: PackedMatrix(spec.n_out, spec.n_in, dtypes[name], arena) for name, spec in plan.matrices.items()
+    }
+    total = sum(tensors[name].nbytes for name in matrices)
+    done = 0
+    for names in _batches(tensors, matrices):
+        jobs = [(reader.stored(name), matrices[name], scales.ins.get(name), scales.outs.get(name)) for name in names]
+        bad = reader.loader.pack(jobs)
+        if bad >= 0:
+            raise not_finite(reader, names[bad])
+        done += sum(tensors[name].nbytes for name in names)
+        if progress:
+            progress(done, total)
+    return matrices
+
+
+def _batches(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[list[str]]:
+    """The matrices in parts, after each of which progress is told of and Ctrl-C is heard."""
+    batch: list[str] = []
+    for name in names:
+        batch.append(name)
+        if sum(tensors[name].nbytes for name in batch) >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def not_finite(reader: TensorReader, name: str) -> CheckpointError:

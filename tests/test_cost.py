@@ -13,9 +13,10 @@ from pyengine._native.pages import KV_DTYPES, KVLayout
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost, matrix_bytes
+from pyengine.equalize import equalize
 from pyengine.loading import plan_of
 from pyengine.plan import MatrixSpec
-from pyengine.weights import load_weights
+from pyengine.weights import TensorReader, load_matrices
 
 SIZES = [(1, 1), (15, 3), (16, 4), (17, 5), (33, 127), (48, 128), (50, 129), (31, 255), (257, 256), (7, 1000)]
 
@@ -32,7 +33,9 @@ def test_weights(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
     write_checkpoint(tmp_path, config)
     plan = plan_of(tmp_path)
     with Checkpoint.open(tmp_path) as checkpoint:
-        matrices, vectors = load_weights(checkpoint, bound(tmp_path), plan, dtype, 1)
+        reader = TensorReader(checkpoint, bound(tmp_path), plan)
+        vectors = reader.vectors()
+        matrices = load_matrices(reader, equalize(plan, vectors, reader, dtype), dtype)
         stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     expected = cost(plan, dtype, "float32")
     packed = {name: matrix.nbytes for name, matrix in matrices.items()}

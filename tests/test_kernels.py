@@ -14,6 +14,7 @@ from pyengine._native.activation import activate, exp
 from pyengine._native.attention import attention
 from pyengine._native.matmul import PackedMatrix, matmul, quantize
 from pyengine._native.norm import layer_norm, softmax
+from pyengine._native.packing import Loader, StoredMatrix
 from pyengine._native.pages import KV_DTYPES
 
 SIZES = [*range(1, 131), 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769]
@@ -31,7 +32,8 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pack(w: NDArray[np.float32], dtype: str) -> PackedMatrix:
     packed = PackedMatrix(*w.shape, dtype)
-    assert packed.pack(w.view(np.uint8).reshape(-1), "F32", "out_in") == -1
+    stored = StoredMatrix(w.view(np.uint8).reshape(-1), 0, "F32", "out_in", *w.shape)
+    assert Loader().pack([(stored, packed, None, None)]) == -1
     return packed
 
 

@@ -36,6 +36,13 @@ PE_INLINE void vf_store_part(float *p, vf a, int n)
     _mm256_maskstore_ps(p + 8, _mm256_castps_si256(m.h), a.h);
 }
 PE_INLINE vf vf_set(float a) { return (vf){_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+PE_INLINE vf zip(__m256 a, __m256 b)
+{
+    const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b); /* of each half */
+    return (vf){_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+PE_INLINE vf vf_zip_low(vf a, vf b) { return zip(a.l, b.l); }
+PE_INLINE vf vf_zip_high(vf a, vf b) { return zip(a.h, b.h); }
 PE_INLINE vf vf_add(vf a, vf b) { return PE_BOTH(vf, _mm256_add_ps, a, b); }
 PE_INLINE vf vf_sub(vf a, vf b) { return PE_BOTH(vf, _mm256_sub_ps, a, b); }
 PE_INLINE vf vf_mul(vf a, vf b) { return PE_BOTH(vf, _mm256_mul_ps, a, b); }

@@ -11,6 +11,14 @@ PE_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 PE_INLINE vf vf_load_part(const float *p, int n) { return _mm512_maskz_loadu_ps(vm_first(n), p); }
 PE_INLINE void vf_store_part(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, vm_first(n), a); }
 PE_INLINE vf vf_set(float a) { return _mm512_set1_ps(a); }
+PE_INLINE vf vf_zip_low(vf a, vf b)
+{
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+PE_INLINE vf vf_zip_high(vf a, vf b)
+{
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
 PE_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 PE_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 PE_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }

@@ -37,6 +37,14 @@ PE_INLINE void vf_store(float *p, vf x)
     vst1q_f32(p + 8, x.c);
     vst1q_f32(p + 12, x.d);
 }
+PE_INLINE vf vf_zip_low(vf x, vf y)
+{
+    return (vf){vzip1q_f32(x.a, y.a), vzip2q_f32(x.a, y.a), vzip1q_f32(x.b, y.b), vzip2q_f32(x.b, y.b)};
+}
+PE_INLINE vf vf_zip_high(vf x, vf y)
+{
+    return (vf){vzip1q_f32(x.c, y.c), vzip2q_f32(x.c, y.c), vzip1q_f32(x.d, y.d), vzip2q_f32(x.d, y.d)};
+}
 PE_INLINE vf vf_load_part(const float *p, int n)
 {
     float lanes[PE_LANES] = {0};

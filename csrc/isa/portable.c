@@ -33,6 +33,8 @@ PE_INLINE vf vf_load(const float *p)
     return r;
 }
 PE_INLINE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+PE_OP2(vf_zip_low, vf, i % 2 ? b.x[i / 2] : a.x[i / 2])
+PE_OP2(vf_zip_high, vf, i % 2 ? b.x[PE_LANES / 2 + i / 2] : a.x[PE_LANES / 2 + i / 2])
 PE_INLINE vf vf_load_part(const float *p, int n)
 {
     vf r = vf_set(0.0f);

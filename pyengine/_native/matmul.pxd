@@ -34,6 +34,12 @@ cdef class NarrowRows:
     cdef const uint16_t *bf16  # q8.stride apart
     cdef Block values, scale, offset
 
+cdef inline int64_t whole(int64_t n, int64_t size) noexcept nogil:
+    """n rounded up to a multiple of size."""
+    return (n + size - 1) // size * size
+
+cdef float *room_for_panel(PackedMatrix matrix, int64_t panel, float *scratch) noexcept nogil
+cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) noexcept nogil
 # Row n as float32: a token's embedding.
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil
 cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil

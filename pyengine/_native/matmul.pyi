@@ -16,16 +16,6 @@ class PackedMatrix:
     def nbytes(self) -> int: ...
     @property
     def parts(self) -> list[Block | NDArray[np.uint8]]: ...
-    def pack(
-        self,
-        src: NDArray[np.uint8],
-        tensor_dtype: str,
-        layout: str,
-        first: int = 0,
-        in_scale: NDArray[np.float32] | None = None,
-        out_scale: NDArray[np.float32] | None = None,
-        threads: int = 1,
-    ) -> int: ...
     def row(self, n: int) -> NDArray[np.float32]: ...
 
 def matmul(x: NDArray[np.float32], weight: PackedMatrix, threads: int = 1) -> NDArray[np.float32]: ...

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
-"""Matrix products with packed weights: packing, and the loops over threads, rows and panels."""
+"""Matrix products with packed weights: what these look like, and the loops over threads, rows and panels."""
 
 import numpy as np
 
@@ -7,8 +7,7 @@ from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, u
 from libc.string cimport memcpy, memset
 
 from .kernels cimport (
-    PE_ACT_NONE, PE_BF16, PE_F16, PE_F32, PE_GROUP, PE_LANES, PE_Q4_GROUP, pe_activation, pe_dtype, pe_kernels, pe_output,
-    pe_rows_q8,
+    PE_ACT_NONE, PE_GROUP, PE_LANES, PE_Q4_GROUP, pe_activation, pe_kernels, pe_output, pe_rows_q8,
 )
 from .memory cimport Arena, Block
 from .parallel cimport Share, Worker, claim, claim_rows, run, share_of, sync
@@ -17,7 +16,6 @@ from .simd cimport kernels
 from ..errors import ArgumentError
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-TENSOR_DTYPES = {"F32": (PE_F32, 4), "F16": (PE_F16, 2), "BF16": (PE_BF16, 2)}
 
 # A unit of work: so many columns of all rows, or of a block of rows where there are many. With at most FEW_ROWS a product is cut
 # into some units a thread, of at least 4 panels and UNIT_BYTES: taking a unit costs what a core takes to hear from another.
@@ -32,17 +30,6 @@ cdef enum:
 cdef extern from *:
     """static const int8_t pe_codebook[16] = PE_Q4_CODEBOOK;"""
     const int8_t *CODEBOOK "pe_codebook"
-
-
-cdef struct PackTask:
-    void *matrix
-    const char *src
-    pe_dtype dtype
-    int64_t itemsize, k_stride, n_stride, first, n_column
-    const float *in_scale
-    const float *out_scale
-    float *scratch
-    int64_t bad_panel
 
 
 cdef class PackedMatrix:
@@ -92,38 +79,6 @@ cdef class PackedMatrix:
         unscale = None if self.unscale is None else np.asarray(self.unscale).view(np.uint8)
         return [part for part in (self.panels, self.column_sum, self.scale, unscale) if part is not None]
 
-    def pack(self, const uint8_t[::1] src, str tensor_dtype, str layout, int64_t first=0, in_scale=None, out_scale=None,
-             int threads=1):
-        """Packs columns from `first` on: `src` holds whole rows of an "out_in" tensor, or all of an "in_out" one.
-
-        Row k of the weight is multiplied with in_scale[k], column n with out_scale[n] (float32, [n_in] and [n_out]). Returns
-        the first output column near which a value is NaN or infinite, or -1.
-        """
-        cdef PackTask task
-        dtype, itemsize = TENSOR_DTYPES[tensor_dtype]
-        cdef int64_t n_value = src.shape[0] // itemsize
-        if n_value * itemsize != src.shape[0] or n_value % self.n_in or first % PE_LANES:
-            raise ArgumentError(f"src: expected whole rows of {self.n_in} values from a multiple of 16, got {src.shape[0]} bytes")
-        task.n_column = n_value // self.n_in
-        if first < 0 or first + task.n_column > self.n_out or (layout == "in_out" and task.n_column != self.n_out):
-            raise ArgumentError(f"src: expected at most {self.n_out} columns, got {first} + {task.n_column}")
-        task.matrix = <void *>self
-        task.src = <const char *>&src[0]
-        task.dtype, task.itemsize, task.first, task.bad_panel = dtype, itemsize, first, -1
-        task.k_stride = 1 if layout == "out_in" else self.n_out
-        task.n_stride = self.n_in if layout == "out_in" else 1
-        cdef const float[::1] ins = in_scale
-        cdef const float[::1] outs = out_scale
-        if ins is not None and ins.shape[0] != self.n_in or outs is not None and outs.shape[0] != self.n_out:
-            raise ArgumentError(f"scales: expected [{self.n_in}] and [{self.n_out}]")
-        task.in_scale = &ins[0] if ins is not None else NULL
-        task.out_scale = &outs[0] if outs is not None else NULL
-        self.unscale = None if ins is None else 1 / np.asarray(ins)
-        cdef Block scratch = Block(threads * self.n_in * PE_LANES * sizeof(float), "scratch for packing")
-        task.scratch = <float *>scratch.data
-        run(threads, 1, pack_panels, &task)
-        return task.bad_panel * PE_LANES if task.bad_panel >= 0 else -1
-
     def row(self, int64_t n):
         """Row n of the weight as it is computed with, in_scale undone: float32 [n_in]."""
         if not 0 <= n < self.n_out:
@@ -134,41 +89,14 @@ cdef class PackedMatrix:
         return out
 
 
-cdef void pack_panels(void *context, Worker *worker) noexcept nogil:
-    cdef PackTask *task = <PackTask *>context
-    pack_panels_of(<PackedMatrix>task.matrix, task, worker)
+cdef float *room_for_panel(PackedMatrix matrix, int64_t panel, float *scratch) noexcept nogil:
+    """Where to put a float32 panel [n_in][16] for pack_panel: in float32 that is its place."""
+    return <float *>matrix.f32.panels + panel * matrix.n_in * PE_LANES if matrix.format == F32 else scratch
 
 
-cdef void pack_panels_of(PackedMatrix matrix, PackTask *task, Worker *worker) noexcept nogil:
+cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) noexcept nogil:
+    """Puts a float32 panel, from where room_for_panel said, into the matrix."""
     cdef const pe_kernels *simd = kernels()
-    cdef int64_t k = matrix.n_in, n_panel = (task.n_column + PE_LANES - 1) // PE_LANES
-    cdef int64_t unit = claim(worker, n_panel), column, panel, n, i, j
-    cdef float *values
-    while unit >= 0:
-        column = unit * PE_LANES
-        panel = task.first // PE_LANES + unit
-        n = min(<int64_t>PE_LANES, task.n_column - column)
-        if matrix.format == F32:
-            values = <float *>matrix.f32.panels + panel * k * PE_LANES
-        else:
-            values = task.scratch + worker.index * k * PE_LANES
-        if not simd.load_panel(task.src + column * task.n_stride * task.itemsize, task.dtype, k, task.k_stride, n,
-                               task.n_stride, values):
-            task.bad_panel = panel  # any of several will do
-        if task.in_scale != NULL:
-            for i in range(k):
-                for j in range(PE_LANES):
-                    values[i * PE_LANES + j] = values[i * PE_LANES + j] * task.in_scale[i]
-        if task.out_scale != NULL:
-            for i in range(k):
-                for j in range(n):
-                    values[i * PE_LANES + j] = values[i * PE_LANES + j] * task.out_scale[panel * PE_LANES + j]
-        pack_panel(matrix, simd, values, panel)
-        unit = claim(worker, n_panel)
-
-
-cdef void pack_panel(PackedMatrix matrix, const pe_kernels *simd, const float *values, int64_t panel) noexcept nogil:
-    """One float32 panel [n_in][16] into the matrix's format; in float32 it is there already."""
     cdef int64_t k = matrix.n_in, columns = panel * PE_LANES
     if matrix.format == BF16:
         simd.pack_bf16(values, k, <uint16_t *>matrix.bf16.panels + columns * whole(k, 2))
@@ -178,11 +106,6 @@ cdef void pack_panel(PackedMatrix matrix, const pe_kernels *simd, const float *v
     elif matrix.format == Q4:
         simd.pack_q4(values, k, <uint8_t *>matrix.q4.panels + columns * whole(k, PE_Q4_GROUP) // 2,
                      <uint16_t *>matrix.q4.scale + columns * (whole(k, PE_Q4_GROUP) // PE_Q4_GROUP))
-
-
-cdef inline int64_t whole(int64_t n, int64_t size) noexcept nogil:
-    """n rounded up to a multiple of size."""
-    return (n + size - 1) // size * size
 
 
 cdef inline float from_bf16(uint16_t value) noexcept nogil:

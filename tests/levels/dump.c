@@ -208,11 +208,20 @@ static void packing(void)
         const int dtype = kind % 3, part = kind / 3; /* all 16 columns, or 5 that lie the other way */
         for (int64_t i = 0; i < k * PE_LANES; i++)
             source[i] = next() & (i % 7 ? 0xbf7fbf7f : UINT32_MAX); /* most of them finite */
-        w[k * PE_LANES] = (float)(part ? level->load_panel(source, (pe_dtype)dtype, k, 1, 5, k, w)
-                                       : level->load_panel(source, (pe_dtype)dtype, k, PE_LANES, PE_LANES, 1, w));
+        w[k * PE_LANES] = (float)(part ? level->load_panel(source, (pe_dtype)dtype, k, 1, 5, k, NULL, NULL, w)
+                                       : level->load_panel(source, (pe_dtype)dtype, k, PE_LANES, PE_LANES, 1, NULL, NULL, w));
         hash_floats(w, k * PE_LANES + 1);
         line("load_panel", k, dtype, part);
+        level->load_panel(source, (pe_dtype)dtype, k, 1, PE_LANES, k, NULL, NULL, w);
+        hash_floats(w, k * PE_LANES);
+        line("load_panel", k, dtype, 2 + part);
         fill(w, k * PE_LANES, dtype == 1 ? 1e-33f : 3, 0);
+        level->panel_largest(w, k, scales);
+        hash_floats(scales, PE_LANES);
+        line("panel_largest", k, dtype, part);
+        level->panel_squares(w, k, scales);
+        hash_floats(scales, PE_LANES);
+        line("panel_squares", k, dtype, part);
         for (int64_t i = 0; i < k && part; i++)
             w[i * PE_LANES + 3] = 0;
         level->pack_q8(w, k, packed, scales, sums);
