@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -172,6 +171,8 @@ class Model:
 
         >>> completion = await model.agenerate("Once upon a time")
         """
+        import asyncio  # slow to import, and there already where an event loop runs
+
         prompts = self._prompts(prompt)
         sampling = SamplingParams(**params)
         if prompts is None:

@@ -6,7 +6,6 @@ a forked process a new one starts, and nothing is left of the parent's requests.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
@@ -110,6 +109,8 @@ class Request(Future[T], Generic[T]):
         return len(self.pieces) > n
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
+        import asyncio  # slow to import, and there already where an event loop runs
+
         loop, changed, n = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def watcher() -> None:
