@@ -189,7 +189,7 @@ def test_control_without_equalisation(
     outliers: Path, windows: list[list[int]], expected: list[Doubles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The outliers do break int8: it is the equalising that holds the gate."""
-    monkeypatch.setattr("pyengine.weights.equalize", lambda plan, vectors, columns, dtype: Scales())
+    monkeypatch.setattr("pyengine.loading.equalize", lambda plan, vectors, measure, dtype: Scales())
     got = quality(pyengine.load(outliers, dtype="int8"), windows, expected)
     assert got.perplexity_ratio > 1.005
     assert got.divergence > 0.004
