@@ -45,16 +45,20 @@ typedef enum {
 /* The number formats of a checkpoint's tensors. */
 typedef enum { PE_F32, PE_F16, PE_BF16 } pe_dtype;
 
-/* Packed float32 weights: panels[n / 16][k][n % 16], zeros in the columns past n_out. */
+/* Packed float32 weights: panels[n / 16][k][n % 16], zeros in the columns past n_out. `next`: NULL, or panels of the same shape
+ * that are read soon: with one or two rows each line of them is asked for when the one in its place here is read. */
 typedef struct {
     const float *panels;
     int64_t k;
+    const void *next;
 } pe_weights_f32;
 
-/* Packed bfloat16 weights: W[n][k] = panels[n / 16][k / 2][n % 16][k % 2]; zeros past n_out and past k. */
+/* Packed bfloat16 weights: W[n][k] = panels[n / 16][k / 2][n % 16][k % 2]; zeros past n_out and past k. `next` as
+ * above. */
 typedef struct {
     const uint16_t *panels;
     int64_t k;
+    const void *next;
 } pe_weights_bf16;
 
 /* Packed int8 weights: W[n][k] = scale[n] * panels[n / 16][k / 4][n % 16][k % 4]; zeros past n_out and past k.

@@ -14,17 +14,36 @@ PE_INLINE rows_f32 f32_from(const rows_f32 *x, int64_t row)
 
 PE_INLINE int64_t f32_panel_bytes(const pe_weights_f32 *w) { return w->k * PE_LANES * (int64_t)sizeof(float); }
 
+/* The first line that a tile asks for, and `ahead` for those after it: w->next with one or two rows, if there is one, else what
+ * comes next in the panels. */
+PE_INLINE const char *first_line(int rows, const void *next, int64_t offset, const char *from, pe_ahead *ahead)
+{
+    if (rows > 2 || !next)
+        return from + ahead->bytes;
+    ahead->pace = 64;
+    return (const char *)next + offset;
+}
+
+/* Asks for a line while a tile computes: with one or two rows one of w->next, if there is one, else one of what comes next in the
+ * panels. */
+PE_INLINE void ask(int rows, const void *next, const char *line)
+{
+    if (rows > 2)
+        PE_PREFETCH(line);
+    else if (next)
+        PE_PREFETCH_FAR(line);
+}
+
 /* Adds the next value of k to the sums of all rows but the first `skip`. Every third row has a pointer, as in group_q8: one for
  * each row would not fit the registers. */
 PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4], int64_t stride, const float *from,
-                       int64_t panel_stride, const char *next, vf acc[12][4])
+                       int64_t panel_stride, const void *next, const char *line, vf acc[12][4])
 {
     vf column[4];
     PE_UNROLL
     for (int p = 0; p < panels; p++) {
         column[p] = vf_load(from + p * panel_stride);
-        if (rows > 2)
-            PE_PREFETCH(next + p * panel_stride * (int64_t)sizeof(float));
+        ask(rows, next, line + p * panel_stride * (int64_t)sizeof(float));
     }
     PE_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -48,7 +67,7 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
 {
     const int64_t stride = x->stride, panel_stride = w->k * PE_LANES;
     const float *from = w->panels + panel * panel_stride, *third[4];
-    const char *next = (const char *)from + ahead.bytes;
+    const char *line = first_line(rows, w->next, panel * f32_panel_bytes(w), (const char *)from, &ahead);
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
     PE_UNROLL
@@ -63,10 +82,10 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
             else
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
-    for (int64_t i = 0; i < x->k; i++, from += PE_LANES, next += ahead.pace)
-        add_f32(rows, panels, 0, third, stride, from, panel_stride, next, acc);
+    for (int64_t i = 0; i < x->k; i++, from += PE_LANES, line += ahead.pace)
+        add_f32(rows, panels, 0, third, stride, from, panel_stride, w->next, line, acc);
     for (int64_t i = 1; i <= x->step * (rows - 1); i++, from += PE_LANES)
-        add_f32(rows, panels, i, third, stride, from, panel_stride, next, acc);
+        add_f32(rows, panels, i, third, stride, from, panel_stride, w->next, line, acc);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -130,7 +149,7 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
 {
     const int64_t n_pair = (w->k + 1) / 2;
     const uint16_t *from = w->panels + panel * n_pair * 2 * PE_LANES;
-    const char *next = (const char *)from + ahead.bytes;
+    const char *line = first_line(rows, w->next, panel * bf16_panel_bytes(w), (const char *)from, &ahead);
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
     PE_UNROLL
@@ -143,13 +162,12 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     PE_UNROLL
     for (int r = 0; r < rows; r += 3)
         third[r / 3] = x->x + r * stride;
-    for (int64_t i = 0; i < (x->k + 1) / 2; i++, next += ahead.pace) {
+    for (int64_t i = 0; i < (x->k + 1) / 2; i++, line += ahead.pace) {
         vb column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             column[p] = vb_weights(from + (p * n_pair + i) * 2 * PE_LANES);
-            if (rows > 2)
-                PE_PREFETCH(next + p * n_pair * 4 * PE_LANES);
+            ask(rows, w->next, line + p * n_pair * 4 * PE_LANES);
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {

@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, scales_of, store, store_bf16,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, key_bytes, keys_of, prefetch, scales_of, store, store_bf16,
     store_scratch, values_of,
 )
 from .parallel cimport Worker, claim, run, sync
@@ -28,6 +28,7 @@ cdef enum:
     UNITS_PER_THREAD = 16
     TILE = 32  # queries that share a pass over the keys
     GROUP = PE_LANES  # of these, as many as go through the softmax together, and meet the keys of their own block
+    AHEAD = 4  # blocks between the one that a query meets and the one that is fetched meanwhile: a few, for the L2 cache
     STATE = (1 + GROUP) * PE_LANES  # what a group's online softmax remembers: maxima, sums of weights
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
@@ -42,6 +43,12 @@ cdef struct Tile:
     float *sums  # [TILE, value_width]
     float *states  # [TILE / GROUP, STATE]
     float *decay  # [TILE]
+    const char *next  # keys of the block that is fetched while this one is met, or NULL
+
+# One head of a sequence.
+cdef struct Head:
+    const Segment *segment  # NULL: none
+    int64_t head
 
 
 cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil:
@@ -128,8 +135,8 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
                  float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
     items that follow each other: of one sequence and one head first, so that its keys are still in the cache."""
-    cdef int64_t n_item = 0, unit, run, item, s, before = 0, n, head, tile
-    cdef const Segment *then
+    cdef int64_t n_item = 0, unit, run, item, next, s, before = 0, n, head, tile
+    cdef Head then
     cdef bint storing = each_stores_its_own(attention, segments, n_segment)
     if not storing:
         store_all(worker, attention, qkv, segments, n_segment, scratch)
@@ -147,12 +154,14 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
                 n = n_tile_of(&segments[s])
             head = (item - before) // n
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
-            then = NULL
+            then.segment, then.head = NULL, 0
             if storing:
                 store_rows(attention, qkv, &segments[s], segments[s].position, 1, head, scratch)
-            if storing and item + 1 < min((unit + 1) * run, n_item):
-                then = &segments[(item + 1) // attention.n_head]
-            attend_tile(attention, qkv, &segments[s], tile, head, then, scratch, out, out_stride)
+                # The next unit is nobody's yet; while all threads are as fast, this is the one.
+                next = item + 1 if (item + 1) % run else (unit + worker.n_threads) * run
+                if next < n_item:
+                    then.segment, then.head = &segments[next // attention.n_head], next % attention.n_head
+            attend_tile(attention, qkv, &segments[s], tile, head, &then, scratch, out, out_stride)
         unit = claim(worker, (n_item + run - 1) // run)
     sync(worker, (n_item + run - 1) // run)
 
@@ -165,6 +174,7 @@ cdef void score(const PageLayout *layout, const Tile *tile, char *keys, int64_t 
     cdef pe_output out
     memset(&out, 0, sizeof(out))
     out.out, out.out_stride = tile.weights, PE_PAGE
+    keys_bf16.next = keys_f32.next = tile.next
     if layout.dtype == KV_BFLOAT16:
         keys_bf16.panels, keys_bf16.k = <const uint16_t *>keys, layout.key_width
         kernels().matmul_bf16(tile.q_bf16, tile.q_bf16_stride, tile.n_query, &keys_bf16, 0, n_panel, &out)
@@ -183,6 +193,7 @@ cdef void add_values(const PageLayout *layout, const Tile *tile, char *keys, int
     cdef char *at = values_of(layout, keys)
     cdef pe_weights_bf16 values_bf16
     cdef pe_weights_f32 values_f32
+    values_bf16.next = values_f32.next = tile.next + key_bytes(layout) if tile.next != NULL else NULL
     if layout.dtype == KV_BFLOAT16:
         values_bf16.panels, values_bf16.k = <const uint16_t *>at, PE_PAGE
         kernels().accumulate_bf16(tile.weights_bf16, PE_PAGE, tile.n_query, n_last, &values_bf16, n_panel, tile.decay, tile.sums,
@@ -232,9 +243,34 @@ cdef void meet(const Attention *a, const Tile *tile, char *keys, int64_t n_first
     add_values(&a.layout, tile, keys, n_first, step)
 
 
+cdef inline int64_t n_seen(const Segment *segment, int64_t block) noexcept nogil:
+    """How many keys of a block the only query of a segment sees."""
+    return min(<int64_t>PE_PAGE, segment.position + 1 - block * PE_PAGE)
+
+
+cdef void fetch_ahead(const Attention *a, Tile *tile, const Segment *segment, int64_t kv_head, const Head *then,
+                      int64_t block) noexcept nogil:
+    """Decoding waits for memory: what the query will meet is fetched while it meets a block. That asks for a line whenever it
+    reads one, so memory never has nothing to do. A block of another length, or in int8, is asked for all at once."""
+    cdef int64_t n_block = segment.position // PE_PAGE + 1, ahead = block + min(n_block, <int64_t>AHEAD), n = n_seen(segment, block)
+    cdef char *keys
+    tile.next = NULL
+    if segment.n_row > 1:
+        return
+    if ahead >= n_block:
+        segment, kv_head, ahead = then.segment, then.head, ahead - n_block
+        if segment == NULL or n_seen(segment, ahead) <= 0:
+            return
+    keys = keys_of(&a.layout, segment.pages[ahead], a.layer, kv_head)
+    if a.layout.dtype != KV_INT8 and (n_seen(segment, ahead) + PE_LANES - 1) // PE_LANES == (n + PE_LANES - 1) // PE_LANES:
+        tile.next = keys
+    else:
+        prefetch(&a.layout, keys, n_seen(segment, ahead))
+
+
 cdef void attend_tile(const Attention *a, const Qkv *qkv, const Segment *segment, int64_t index, int64_t head,
-                      const Segment *then, float *scratch, float *out, int64_t out_stride) noexcept nogil:
-    """One head of the queries whose positions lie in one tile. `then`: whose next head follows this one, or NULL."""
+                      const Head *then, float *scratch, float *out, int64_t out_stride) noexcept nogil:
+    """One head of the queries whose positions lie in one tile. `then`: what this thread does next."""
     cdef const PageLayout *layout = &a.layout
     cdef int64_t d = layout.head_dim, width = layout.value_width, first, end, block, i, start
     bounds(segment, index, &first, &end)
@@ -252,13 +288,9 @@ cdef void attend_tile(const Attention *a, const Qkv *qkv, const Segment *segment
     for i in range((tile.n_query + GROUP - 1) // GROUP):
         reset(tile.states + i * STATE, min(<int64_t>GROUP, tile.n_query - i * GROUP))
     for block in range(last_block):
-        if tile.n_query == 1:  # decoding waits for memory: what comes next is fetched meanwhile
-            prefetch(layout, keys_of(layout, segment.pages[block + 1], a.layer, kv_head),
-                     min(<int64_t>PE_PAGE, end - (block + 1) * PE_PAGE))
+        fetch_ahead(a, &tile, segment, kv_head, then, block)
         meet(a, &tile, keys_of(layout, segment.pages[block], a.layer, kv_head), PE_PAGE, 0)
-    if then != NULL:
-        prefetch(layout, keys_of(layout, then.pages[0], a.layer, (head + 1) % a.n_head),
-                 min(<int64_t>PE_PAGE, then.position + 1))
+    fetch_ahead(a, &tile, segment, kv_head, then, last_block)
     start = first - last_block * PE_PAGE
     i = 0
     while i < tile.n_query:  # few at a time, since they don't see what lies behind them

@@ -32,10 +32,12 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct pe_weights_f32:
         const float *panels
         int64_t k
+        const void *next
 
     ctypedef struct pe_weights_bf16:
         const uint16_t *panels
         int64_t k
+        const void *next
 
     ctypedef struct pe_weights_q4:
         const uint8_t *panels
