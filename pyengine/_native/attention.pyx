@@ -28,7 +28,7 @@ cdef enum:
     UNITS_PER_THREAD = 16
     TILE = 32  # queries that share a pass over the keys
     GROUP = PE_LANES  # of these, as many as go through the softmax together, and meet the keys of their own block
-    AHEAD = 4  # blocks between the one that a query meets and the one that is fetched meanwhile: a few, for the L2 cache
+    AHEAD = 8  # at most so many blocks between the one that a query meets and the one that is fetched: they lie in the L2 cache
     STATE = (1 + GROUP) * PE_LANES  # what a group's online softmax remembers: maxima, sums of weights
 
 # What one head of one tile of queries works with; arrays are parts of the thread's scratch.
@@ -45,10 +45,10 @@ cdef struct Tile:
     float *decay  # [TILE]
     const char *next  # keys of the block that is fetched while this one is met, or NULL
 
-# One head of a sequence.
+# A head of a sequence that decodes.
 cdef struct Head:
     const Segment *segment  # NULL: none
-    int64_t head
+    int64_t kv_head
 
 
 cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil:
@@ -75,6 +75,10 @@ cdef Tile tile_in(const PageLayout *layout, float *scratch) noexcept nogil:
     tile.states = tile.sums + TILE * width
     tile.decay = tile.states + TILE // GROUP * STATE
     return tile
+
+
+cdef inline int64_t kv_head_of(const Attention *attention, int64_t head) noexcept nogil:
+    return head // (attention.n_head // attention.layout.n_kv_head)
 
 
 cdef inline int64_t n_tile_of(const Segment *segment) noexcept nogil:
@@ -131,6 +135,19 @@ cdef bint each_stores_its_own(const Attention *attention, const Segment *segment
     return attention.n_head == attention.layout.n_kv_head
 
 
+cdef Head head_of(const Attention *attention, const Segment *segments, int64_t n_segment, int64_t item) noexcept nogil:
+    """What an item is, counted from the first of these segments on, if it decodes."""
+    cdef Head result
+    cdef int64_t s = 0
+    result.segment, result.kv_head = NULL, 0
+    while s < n_segment and item >= n_tile_of(&segments[s]) * attention.n_head:
+        item -= n_tile_of(&segments[s]) * attention.n_head
+        s += 1
+    if s < n_segment and segments[s].n_row == 1:
+        result.segment, result.kv_head = &segments[s], kv_head_of(attention, item)
+    return result
+
+
 cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, const Segment *segments, int64_t n_segment,
                  float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
@@ -154,13 +171,11 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
                 n = n_tile_of(&segments[s])
             head = (item - before) // n
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
-            then.segment, then.head = NULL, 0
             if storing:
                 store_rows(attention, qkv, &segments[s], segments[s].position, 1, head, scratch)
-                # The next unit is nobody's yet; while all threads are as fast, this is the one.
-                next = item + 1 if (item + 1) % run else (unit + worker.n_threads) * run
-                if next < n_item:
-                    then.segment, then.head = &segments[next // attention.n_head], next % attention.n_head
+            # The next unit is nobody's yet; while all threads are as fast, this is the one.
+            next = item + 1 if (item + 1) % run else (unit + worker.n_threads) * run
+            then = head_of(attention, segments + s, n_segment - s, next - before)
             attend_tile(attention, qkv, &segments[s], tile, head, &then, scratch, out, out_stride)
         unit = claim(worker, (n_item + run - 1) // run)
     sync(worker, (n_item + run - 1) // run)
@@ -250,15 +265,16 @@ cdef inline int64_t n_seen(const Segment *segment, int64_t block) noexcept nogil
 
 cdef void fetch_ahead(const Attention *a, Tile *tile, const Segment *segment, int64_t kv_head, const Head *then,
                       int64_t block) noexcept nogil:
-    """Decoding waits for memory: what the query will meet is fetched while it meets a block. That asks for a line whenever it
-    reads one, so memory never has nothing to do. A block of another length, or in int8, is asked for all at once."""
+    """Decoding waits for memory: what this thread will meet is fetched while a query meets a block. Tiles ask for a line whenever
+    they read one: asked for all at once, lines come no faster, and then memory idles while the tiles compute. So it is done with
+    int8, and where blocks aren't as long; with few blocks, the same one of the next head is."""
     cdef int64_t n_block = segment.position // PE_PAGE + 1, ahead = block + min(n_block, <int64_t>AHEAD), n = n_seen(segment, block)
     cdef char *keys
     tile.next = NULL
     if segment.n_row > 1:
         return
     if ahead >= n_block:
-        segment, kv_head, ahead = then.segment, then.head, ahead - n_block
+        segment, kv_head, ahead = then.segment, then.kv_head, ahead - n_block
         if segment == NULL or n_seen(segment, ahead) <= 0:
             return
     keys = keys_of(&a.layout, segment.pages[ahead], a.layer, kv_head)
@@ -275,7 +291,7 @@ cdef void attend_tile(const Attention *a, const Qkv *qkv, const Segment *segment
     cdef int64_t d = layout.head_dim, width = layout.value_width, first, end, block, i, start
     bounds(segment, index, &first, &end)
     cdef int64_t row = segment.row + first - segment.position, last_block = first // PE_PAGE
-    cdef int64_t kv_head = head // (a.n_head // layout.n_kv_head)
+    cdef int64_t kv_head = kv_head_of(a, head)
     cdef Tile tile = tile_in(layout, scratch), part
     tile.q, tile.stride, tile.n_query = qkv.f32 + row * qkv.stride + head * d, qkv.stride, end - first
     tile.q_bf16, tile.q_bf16_stride = tile.narrowed, width
