@@ -23,7 +23,8 @@
  *                     vf_store_bf16, vf_store_bf16_normal (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not
  * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
- *                     PE_Q8_ and PE_Q4_ likewise */
+ *                     PE_Q8_ and PE_Q4_ likewise
+ * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them; 0 if not defined */
 
 #include "vecmath.inc.h"
 #include "rows.inc.h"

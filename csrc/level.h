@@ -68,8 +68,9 @@
 #endif
 
 /* Fetches the cache line of p, to be written, or to be read; FAR: into the L2 cache alone. PE_AHEAD: bytes between a read of
- * weights and what is fetched. */
+ * weights and what is fetched; PE_STREAM_AHEAD where the processor's own prefetching leads. */
 #define PE_AHEAD 8192
+#define PE_STREAM_AHEAD 4096
 #if PE_MSVC
 #define PE_PREFETCH_WRITE(p) ((void)0)
 #define PE_PREFETCH(p) ((void)(p))

@@ -6,6 +6,26 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
     return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->offset + group, x->stride};
 }
 
+/* A whole group of one panel for at most PE_Q8_FAST rows, which a core multiplies faster than memory brings the weights. Then so
+ * many loads are under way at once that the processor's own prefetching leads, and brings more than lines asked for one by one:
+ * each of those holds one of the few places for misses of the L1 cache until memory answers. A line in four is a hint enough. */
+#ifndef PE_Q8_FAST
+#define PE_Q8_FAST 0
+#endif
+PE_INLINE void stream_q8(int rows, const uint8_t *q, int64_t stride, const int8_t *quads, vi acc[12][4])
+{
+    for (int i = 0; i < PE_GROUP / 4; i += 4) {
+        PE_PREFETCH_FAR(quads + PE_STREAM_AHEAD + i * 4 * PE_LANES);
+        PE_UNROLL
+        for (int j = i; j < i + 4; j++) {
+            const vq_w column = vq_weights(quads + j * 4 * PE_LANES);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++)
+                vq_dot(&acc[r][0], vq_activations(q + r * stride + 4 * j), column);
+        }
+    }
+}
+
 /* One group of int8 weights: acc[r][p] += the sum of q * w over n_quad > 0 quads, exact. A pointer for each row would not fit the
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
 #ifndef PE_OWN_GROUP_Q8
@@ -75,8 +95,11 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             for (int r = 0; r < rows; r++)
                 acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
         }
-        group_q8(rows, panels, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES, last - first,
-                 quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+        if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
+            stream_q8(rows, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, acc);
+        else
+            group_q8(rows, panels, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES,
+                     last - first, quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);

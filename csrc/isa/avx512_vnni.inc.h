@@ -22,6 +22,7 @@ PE_INLINE void vq_sum(vi *acc, vq_w w) { vq_dot(acc, _mm512_set1_epi8(1), w); }
 #define PE_Q8_ROWS_2 12
 #define PE_Q8_ROWS_4 6
 #define PE_Q8_MANY 2
+#define PE_Q8_FAST 3
 #define PE_Q4_ROWS_1 12
 #define PE_Q4_ROWS_2 8
 #define PE_Q4_ROWS_4 3
