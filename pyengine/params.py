@@ -27,9 +27,13 @@ class SamplingParams:
     """How to generate. Names, defaults and the order of operations are those of transformers.
 
     A logit goes through repetition_penalty (for tokens of the prompt and generated ones), presence_penalty and
-    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, logits_processor, the constraint,
-    temperature, top_k, top_p, min_p; then one token is drawn. do_sample=False or temperature=0 take the largest logit
-    instead, the lowest id of those that tie.
+    frequency_penalty (generated ones; as OpenAI defines them), logit_bias, logits_processor, temperature, top_k, top_p,
+    min_p; then one token is drawn. do_sample=False or temperature=0 take the largest logit instead, the lowest id of
+    those that tie.
+
+    A constraint (json_schema, regex, grammar) takes away from what top_k, top_p and min_p leave; where it allows
+    nothing of that, they choose from what it allows. So it changes nothing where a text matches anyway. With beams it
+    comes before them.
 
     num_beams > 1 searches for the most probable text (beam search, Lowerre 1976).
 
@@ -183,11 +187,6 @@ class SamplingParams:
     def samples(self) -> bool:
         """Whether tokens are drawn."""
         return (self.num_beams == 1 and self.temperature > 0) if self.do_sample is None else self.do_sample
-
-    @property
-    def filters(self) -> bool:
-        """Whether tokens are drawn from a part of the vocabulary that depends on all logits."""
-        return self.samples and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     def choose_seed(self) -> int:
         """The seed, or a fresh one."""
