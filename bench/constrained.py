@@ -5,9 +5,9 @@
     python -m bench.constrained /tmp/gpt2-124m
 
 Each is measured on texts that follow the constraint of themselves, as those of a model that knows what is asked of it
-(written by hand, their tokens far above all others), and on texts of random logits, where nearly every token that is
-drawn first isn't allowed. Alone, for 32 texts in one step and for a search of 4 beams; the same without the constraint
-is subtracted, and what is left compared with the step. Every text that ends is checked to match.
+(written by hand, their tokens far above all others), and on texts of random logits, where few of the tokens that are
+drawn are allowed, but within free words. Alone, for 32 texts in one step and for a search of 4 beams; the same without
+the constraint is subtracted, and what is left compared with the step. Every text that ends is checked to match.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Constraint:
         return bits
 
     def allows(self, token_id: int) -> bool:
-        """Whether this token may come next: what `mask` says, for a twentieth of its time."""
+        """Whether this token may come next: what `mask` says, for a part of its time."""
         allowed: bool
         if token_id in self._ends:
             allowed = self._matcher.is_accepting()

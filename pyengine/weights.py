@@ -75,28 +75,14 @@ class TensorReader:
         """All vectors of the plan."""
         return {name: self.vector(name) for name in self.plan.vectors}
 
-    def slabs(self, name: str) -> Iterator[tuple[int, Bytes]]:
-        """(first output column, bytes) of a matrix: whole rows of an "out_in" tensor in slabs, an "in_out" one in one
-        piece.
-        """
-        tensor, spec = self.tensors[name], self.plan.matrices[name]
-        if spec.layout == "in_out":
-            yield 0, self._read(name, 0, tensor.nbytes)
-            return
-        row = tensor.nbytes // spec.n_out
-        step = max(SLAB_BYTES // row // 16 * 16, 16)
-        for first in range(0, spec.n_out, step):
-            yield first, self._read(name, first * row, min(step, spec.n_out - first) * row)
-
-    def columns(self, name: str) -> Iterator[tuple[int, Floats]]:
-        """The same as (first output column, float32 [n columns, n_in]), a few columns at a time in either layout."""
-        tensor, spec = self.tensors[name], self.plan.matrices[name]
-        step = max(SLAB_BYTES // (4 * spec.n_in), 1)
-        for first, raw in self.slabs(name):
-            stored = as_stored(raw, tensor.dtype)
-            stored = stored.reshape(spec.shape).T if spec.layout == "in_out" else stored.reshape(-1, spec.n_in)
-            for start in range(0, len(stored), step):
-                yield first + start, to_float32(stored[start : start + step])
+    def rows(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """(index of the first, float32 [n, width]) of some rows of a matrix at a time, as they lie in the file."""
+        tensor = self.tensors[name]
+        row = tensor.nbytes // tensor.shape[0]
+        step = max(SLAB_BYTES // row, 1)
+        for first in range(0, tensor.shape[0], step):
+            raw = self._read(name, first * row, min(step, tensor.shape[0] - first) * row)
+            yield first, to_float32(as_stored(raw, tensor.dtype)).reshape(-1, tensor.shape[1])
 
 
 def as_stored(raw: Bytes, dtype: str) -> Stored:
@@ -152,11 +138,11 @@ def _batches(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterato
 
 def not_finite(reader: TensorReader, name: str) -> CheckpointError:
     """The error that names the first NaN or infinity of a matrix."""
-    tensor, spec = reader.tensors[name], reader.plan.matrices[name]
-    for first, values in reader.columns(name):
+    tensor = reader.tensors[name]
+    for first, values in reader.rows(name):
         bad = np.argwhere(~np.isfinite(values))
         if bad.size:
-            n, k = int(bad[0, 0]), int(bad[0, 1])
-            index = [first + n, k] if spec.layout == "out_in" else [k, first + n]
-            return CheckpointError(f"{tensor.path}: {tensor.name}{index}: expected a finite number, got {values[n, k]}")
+            i, j = bad[0].tolist()
+            index = [first + i, j]
+            return CheckpointError(f"{tensor.path}: {tensor.name}{index}: expected a finite number, got {values[i, j]}")
     return CheckpointError(f"{tensor.path}: {tensor.name}: expected finite numbers")

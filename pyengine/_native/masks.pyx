@@ -22,7 +22,7 @@ cdef int check_mask(const uint32_t[::1] bits, const int32_t[::1] end_ids, int64_
     return 0
 
 
-cdef int64_t settle(const uint32_t *bits, int64_t n, const int32_t *end_ids, int64_t n_end, uint32_t *out) noexcept nogil:
+cdef int64_t token_bits(const uint32_t *bits, int64_t n, const int32_t *end_ids, int64_t n_end, uint32_t *out) noexcept nogil:
     """A bit for each token alone, [n // 32 + 1] words: for end_ids that of the end. Returns how many are 1."""
     cdef int64_t n_word = n // 32 + 1, n_left = 0, i
     cdef bint ends = (bits[n // 32] >> (n % 32)) & 1
@@ -51,7 +51,7 @@ cdef void where(uint32_t bits, const float *x, float *out, int64_t n) noexcept n
         out[i] = value if bits & BIT[i] else -INFINITY
 
 
-cdef int64_t pick(const float *x, int64_t n, const uint32_t *bits, float *values, int32_t *token_ids) noexcept nogil:
+cdef int64_t gather_allowed(const float *x, int64_t n, const uint32_t *bits, float *values, int32_t *token_ids) noexcept nogil:
     """Moves the entries whose bit is 1, but for -inf, to values and their indices to token_ids: how many."""
     cdef int64_t i, j, n_found = 0
     cdef uint32_t word

@@ -4,14 +4,18 @@
 A thread for each of `works`, which are of one vocab_size. Rows are taken one by one: none waits for another.
 """
 
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from .logprobs cimport log_sum_exp
 from .memory cimport Block
 from .parallel cimport Worker, claim, run, sync
-from .sampling cimport N_UNIFORM, Entry, Wish, Workspace, filters_of, hold
+from .sampling cimport N_UNIFORM, Entry, Wish, Workspace, filters_of, masking_of
 
 import numpy as np
+
+from ..errors import ArgumentError
+
 
 cdef struct Row:
     const float *x
@@ -38,7 +42,7 @@ def draw_rows(list works, list logits, list asked, list masks=None):
     drawn from as far as it is allowed. If nothing of it is, the filters see what is allowed instead.
 
     Returns a list of token ids for each row, all -1 where there are none; the logits' logsumexp, float64 [n], NaN where they
-    can't be used, and with masks; the cut of each row, the lowest logit that the filters leave.
+    can't be used, and with masks; of rows with several numbers the cut, the lowest logit that the filters leave.
     """
     cdef int64_t n = len(logits), i, j
     cdef Block rows = rows_of(works, logits)
@@ -48,12 +52,14 @@ def draw_rows(list works, list logits, list asked, list masks=None):
         wish = &row[i].wish
         temperature, top_k, top_p, min_p, uniforms = asked[i]
         wish.filters = filters_of(temperature, top_k, top_p, min_p, 1)
-        wish.n_uniform = min(len(uniforms), N_UNIFORM)
+        if len(uniforms) > N_UNIFORM:
+            raise ArgumentError(f"uniforms: expected at most {N_UNIFORM}, got {len(uniforms)}")
+        wish.n_uniform = len(uniforms)
         for j in range(wish.n_uniform):
             wish.uniforms[j] = uniforms[j]
         if masks is not None:
             bits, end_ids, wish.cut = masks[i]
-            hold(&wish.masking, (bits, end_ids), (<Workspace>works[0]).vocab_size)
+            masking_of(&wish.masking, (bits, end_ids), (<Workspace>works[0]).vocab_size)
     run_rows(works, rows, n)
     token_ids = [[row[i].wish.token_ids[j] for j in range(row[i].wish.n_uniform)] for i in range(n)]
     return token_ids, [row[i].total for i in range(n)], [row[i].wish.cut for i in range(n)]
@@ -82,6 +88,7 @@ cdef Block rows_of(list works, list logits):
         x = logits[i]
         (<Workspace>works[0]).check(x)
         row[i].x, row[i].wish.masking.bits, row[i].entries = &x[0], NULL, NULL
+        row[i].wish.cut = -INFINITY
     return rows
 
 

@@ -45,4 +45,4 @@ cdef class Workspace:
     cdef float nucleus(self, const float *x, int64_t n, float top, double scale, double top_p) noexcept nogil
 
 cdef Filters filters_of(double temperature, int64_t top_k, double top_p, double min_p, int64_t n_least) noexcept nogil
-cdef int hold(Masking *m, masking, int64_t vocab_size) except -1
+cdef int masking_of(Masking *m, masking, int64_t vocab_size) except -1

@@ -14,13 +14,14 @@ from libc.string cimport memcpy
 from .cutoffs cimport FEW, PEAK, bounds, coarse, cutoff, gather
 from .drawing cimport BLOCK, add_up, invert, race
 from .logprobs cimport check_ids, log_sum_exp
-from .masks cimport check_mask, mask, pick, settle
+from .masks cimport check_mask, mask, gather_allowed, token_bits
 from .simd cimport kernels
 
 import numpy as np
 
 from ..errors import ArgumentError
 from .logprobs import unusable
+
 
 cdef class Workspace:
     """Scratch memory for rows of `vocab_size` logits, and what is done to such a row. For one thread at a time.
@@ -76,7 +77,7 @@ cdef class Workspace:
         cdef Masking m
         cdef int64_t n = 0
         self.check(logits)
-        hold(&m, masking, self.vocab_size)
+        masking_of(&m, masking, self.vocab_size)
         out = np.empty(max(min(k, self.vocab_size), 0), np.dtype([("value", np.float32), ("token_id", np.int32)]))
         cdef Entry[::1] entries = out
         if len(out):
@@ -160,7 +161,7 @@ cdef class Workspace:
         self.check(logits)
         check_mask(bits, end_ids, self.vocab_size)
         with nogil:
-            settle(&bits[0], self.vocab_size, first_id(end_ids), end_ids.shape[0], &self.allowed[0])
+            token_bits(&bits[0], self.vocab_size, first_id(end_ids), end_ids.shape[0], &self.allowed[0])
             mask(&logits[0], self.vocab_size, &self.allowed[0], &self.masked[0])
         return np.asarray(self.masked)
 
@@ -169,9 +170,9 @@ cdef class Workspace:
         cdef int64_t n = self.vocab_size, n_left
         if not m.bits:
             return n
-        n_left = settle(m.bits, n, m.end_ids, m.n_end, &self.allowed[0])
+        n_left = token_bits(m.bits, n, m.end_ids, m.n_end, &self.allowed[0])
         if n_left < n // 8:  # the others needn't be looked at
-            n = pick(x[0], n, &self.allowed[0], &self.kept[0], &self.kept_ids[0])
+            n = gather_allowed(x[0], n, &self.allowed[0], &self.kept[0], &self.kept_ids[0])
             x[0] = &self.kept[0]
         else:
             mask(x[0], n, &self.allowed[0], &self.masked[0])
@@ -215,7 +216,7 @@ cdef class Workspace:
 
         x are all logits, or the n that are in self.kept; `weighed`: the weights at a temperature of 1 are there. The
         n_least largest stay whatever the filters say. Returns how many weights there are: vocab_size, or fewer, whose ids
-        are in self.kept_ids, if a mask or top_k has left only those.
+        are in self.kept_ids, if a mask or top_k has left only those. self.cut is the lowest logit that top_k and top_p leave.
         """
         cdef float *weights = &self.weights[0]
         cdef int64_t i
@@ -236,7 +237,6 @@ cdef class Workspace:
             low = <float> f.min_p  # the largest weight is 1
             for i in range(n):
                 weights[i] = 0.0 if (weights[i] < low) & (x[i] < least) else weights[i]
-            self.cut = lowest(x, weights, n)
         return n
 
     cdef double draw_row(self, const float *x, Wish *wish) noexcept nogil:
@@ -262,7 +262,9 @@ cdef class Workspace:
             n = self.filter(x, n, top, &filters, whole)
             if n < self.vocab_size:
                 x = &self.kept[0]
-            if whole:
+            if whole and filters.min_p > 0.0 and wish.n_uniform > 1:
+                wish.cut = lowest(x, &self.weights[0], n)
+            elif whole:
                 wish.cut = self.cut
             elif top >= wish.cut > -INFINITY:
                 drop(&self.weights[0], x, n, wish.cut)
@@ -323,7 +325,7 @@ cdef class Workspace:
         return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
-cdef int hold(Masking *m, masking, int64_t vocab_size) except -1:
+cdef int masking_of(Masking *m, masking, int64_t vocab_size) except -1:
     """`masking` is bits and end_ids, which must be kept alive, or None."""
     cdef const uint32_t[::1] bits
     cdef const int32_t[::1] end_ids
