@@ -237,13 +237,15 @@ def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.flo
     Left out are those whose rows have to be adjusted first, and those of guesses under a constraint, which depend on
     each other.
     """
+    if sum([len(logits) for _, logits in asked]) < 2:
+        return  # `sample` is as fast
     rows: list[Row] = []
     for sampler, logits in asked:
         adjustments = sampler.adjustments
         if not (adjustments.any or (adjustments.constraint and len(logits) > 1)):
             first = len(adjustments.generated)
             rows += [Row(sampler, row, first + i, adjustments.constraint) for i, row in enumerate(logits)]
-    if len(rows) > 1:
+    if rows:
         for row, found in zip(rows, draw(works, rows), strict=True):
             row.sampler.drawn.append(found)
 

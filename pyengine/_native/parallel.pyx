@@ -47,6 +47,10 @@ cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1
 
 cdef void enter(Region *region) noexcept nogil:
     cdef Worker *worker = NULL
+    if region.n_threads == 1:  # a region of another size than the last costs OpenMP a new team, and the next one again
+        region.workers[0].n_threads, region.workers[0].team = 1, &region.team
+        region.body(region.context, &region.workers[0])
+        return
     with parallel(num_threads=region.n_threads):  # OpenMP may give fewer
         worker = &region.workers[threadid()]
         worker.index = threadid()
