@@ -67,11 +67,12 @@ class Experience:
     """What texts alike know of an assistant: how often it is right, and what trying it may still cost them.
 
     The credit is in steps of one row. Their tokens and right guesses are its income; what the assistant reads and
-    guesses is paid from it, and without credit it reads nothing, be it to begin a text or to go on after a pause. So
-    where guesses never help they take SHARE of the time, and once the first credit and a last reading.
+    guesses is paid from it. Without credit it reads nothing, be it to begin a text or to go on after a pause, and
+    guesses only what a text was read for, as long as it is right. So where guesses never help they take SHARE of the
+    time, and once the first credit and a last reading.
     """
 
-    SHARE = 0.02
+    SHARE = 0.01
     CREDIT = 16.0, 64.0  # at first, and at most: what paid once is no reason to lose much later
     HOPE = 0.8  # how often a good assistant is right; believed at first
     MEMORY = 256  # guesses that what is known of them goes back to
@@ -218,6 +219,7 @@ class DraftModel(Proposer):
         self.sequence = executor.new_sequence()
         self.n_certain = 0  # positions of the sequence that are known to be the text's
         self.n_charged = 0  # tokens of the text that it has paid for reading
+        self.trusted = True  # whether its last guesses helped, or it hasn't made any since it began to read
         self.right = Frequency(speculation.experience.right.mean, MEMORY)  # how often a guess is
         self.pause = self.PAUSE[0]
 
@@ -232,14 +234,15 @@ class DraftModel(Proposer):
         try:
             pending = self._pending()
             n_read = max(len(self.text) - max(self.n_charged, self.n_certain) - 2, 0)  # two run with the first guess
-            reading = n_read * how.assistant_row_cost + n_read // self.CHUNK * how.assistant_cost
-            reading = shared(reading, how.row_cost, n_row)
+            reading, at_first = (self._reading(n, n_row) for n in (n_read, self.n_prompt))
             cost = shared(how.row_cost + how.assistant_cost, how.row_cost, n_row)
             n_guess = self._paying(self.right.mean, n, cost, reading)
             believed = n_guess > 0
             if not believed:
                 n_guess = min(self._paying(experience.HOPE, n, cost, reading), self.PROBE)
-            if not n_guess or (experience.credit <= 0 and (n_read or not self.n_charged)):
+            if experience.credit <= max(reading - at_first, 0):  # what is overdrawn is the prompt's reading at most
+                n_guess = min(n_guess, self.PROBE) if self.trusted and self.n_charged and not n_read else 0
+            if not n_guess:
                 self._rest(len(generated))
                 return []
             experience.add(-reading)
@@ -256,6 +259,11 @@ class DraftModel(Proposer):
         except (NoPages, OutOfMemoryError, NonFiniteError, StepStopped):
             self.close()
             return []
+
+    def _reading(self, n: int, n_row: int) -> float:
+        """What it costs to read n tokens."""
+        how = self.speculation
+        return shared(n * how.assistant_row_cost + n // self.CHUNK * how.assistant_cost, how.row_cost, n_row)
 
     def _paying(self, right: float, n: int, cost: float, reading: float) -> int:
         """How many guesses to make, at most n, if they are right so often; none if the text's rest won't pay for what
@@ -297,6 +305,7 @@ class DraftModel(Proposer):
 
     def observe(self, n_proposed: int, n_accepted: int) -> None:
         self.speculation.experience.add(n_accepted)
+        self.trusted = n_accepted > 0
         for i in range(min(n_accepted + 1, n_proposed)):
             for right in (self.right, self.speculation.experience.right):
                 right.see(i < n_accepted)
@@ -304,3 +313,4 @@ class DraftModel(Proposer):
     def close(self) -> None:
         self.sequence.close()
         self.n_certain = self.n_charged = 0
+        self.trusted = True

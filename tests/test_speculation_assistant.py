@@ -111,7 +111,7 @@ def test_an_assistant_that_does_not_help_takes_a_fixed_share(n_prompt: int, n_ne
     rng = np.random.default_rng(1)
     texts = Texts()
     reading = texts.how.assistant_row_cost * n_prompt
-    for _ in range(12000 // n_new):
+    for _ in range(24000 // n_new):
         texts.run(n_prompt, n_new, lambda: rng.random() < how_often)
         assert texts.lost < Experience.SHARE * texts.n_token + Experience.CREDIT[0] + reading + 2
     assert texts.n_guess > 10  # it isn't given up
