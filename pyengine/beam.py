@@ -79,11 +79,14 @@ class Group:
         """Takes the n_candidates best, in order."""
         n_tokens = len(self.beams[0].tokens) + 1
         going_on: list[Beam] = []
+        last = {candidate.parent: rank for rank, candidate in enumerate(candidates)}  # of each parent's children
         for rank, candidate in enumerate(candidates):
             if rank >= self.size and len(going_on) == self.size:
                 break  # what is left neither goes on nor is a result
             parent = self.beams[candidate.parent]
-            adjustments = parent.adjustments.fork()
+            adjustments = parent.adjustments
+            if rank < last[candidate.parent]:  # the last one takes them over
+                adjustments = adjustments.fork()
             adjustments.append(candidate.chosen.token_id)
             tokens = (*parent.tokens, candidate.chosen)
             beam = Beam(candidate.score, adjustments, tokens, self.first_row + candidate.parent)

@@ -15,6 +15,7 @@ from .sampling cimport N_UNIFORM, Entry, Wish, Workspace, filters_of, masking_of
 import numpy as np
 
 from ..errors import ArgumentError
+from .sampling import ENTRY
 
 
 cdef struct Row:
@@ -70,7 +71,7 @@ def top_rows(list works, list logits, int64_t k):
     cdef int64_t n = len(logits), n_entry = min(k, (<Workspace>works[0]).vocab_size), i
     cdef Block rows = rows_of(works, logits)
     cdef Row *row = <Row *>rows.data
-    out = np.empty((n, n_entry), np.dtype([("value", np.float32), ("token_id", np.int32)]))
+    out = np.empty((n, n_entry), ENTRY)
     cdef Entry[:, ::1] entries = out
     for i in range(n):
         row[i].entries, row[i].n_entry = &entries[i, 0], n_entry

@@ -22,6 +22,8 @@ import numpy as np
 from ..errors import ArgumentError
 from .logprobs import unusable
 
+ENTRY = np.dtype([("value", np.float32), ("token_id", np.int32)])
+
 
 cdef class Workspace:
     """Scratch memory for rows of `vocab_size` logits, and what is done to such a row. For one thread at a time.
@@ -78,14 +80,14 @@ cdef class Workspace:
         cdef int64_t n = 0
         self.check(logits)
         masking_of(&m, masking, self.vocab_size)
-        out = np.empty(max(min(k, self.vocab_size), 0), np.dtype([("value", np.float32), ("token_id", np.int32)]))
+        out = np.empty(max(min(k, self.vocab_size), 0), ENTRY)
         cdef Entry[::1] entries = out
         if len(out):
             with nogil:
                 n = self.top_row(&logits[0], &m, entries.shape[0], &entries[0])
         if n < 0:
             raise unusable(logits)
-        return out["token_id"][:n].copy(), out["value"][:n].copy()
+        return out["token_id"][:n], out["value"][:n]
 
     cdef int64_t top_row(self, const float *x, const Masking *m, int64_t k, Entry *entries) noexcept nogil:
         """What `top` does, for 0 < k <= vocab_size. Returns how many, -1 if the logits can't be used."""
