@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 import pyengine
 from pyengine.checkpoint import Checkpoint
-from pyengine.equalize import Scales
+from pyengine.equalize import ROOTS, Scales, _scale
 from pyengine.loading import find
 from pyengine.weights import as_stored, to_float32
 
@@ -193,3 +194,23 @@ def test_control_without_equalisation(
     got = quality(pyengine.load(outliers, dtype="int8"), windows, expected)
     assert got.perplexity_ratio > 1.005
     assert got.divergence > 0.004
+
+
+@pytest.mark.parametrize("dtype", list(ROOTS))
+def test_scales_are_the_same_on_every_processor(dtype: str) -> None:
+    """Correctly rounded roots: the square root of a double, rounded to float32, is that of the float32."""
+    rng = np.random.default_rng(0)
+    channels, weights = (np.exp(rng.normal(0, 5, 5000)).astype(np.float32) for _ in range(2))
+    channels[:4], weights[3:7] = (0, np.inf, np.nan, 0), 0
+    got = _scale(channels, weights, ROOTS[dtype])
+    for channel, weight, scale in zip(channels, weights, got, strict=True):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            root = channel / weight
+        expected = np.float32(1)
+        if np.isfinite(root) and root > 0:
+            for n in range(1, 6):
+                root = np.float32(math.sqrt(root))
+                expected = expected * root if 2**n in ROOTS[dtype] else expected
+        assert scale.tobytes() == np.float32(expected).tobytes()
+    power = sum(1 / n for n in ROOTS[dtype])
+    np.testing.assert_allclose(got[7:], (channels[7:] / weights[7:]).astype(np.float64) ** power, rtol=1e-6)
