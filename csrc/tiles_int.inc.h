@@ -122,12 +122,6 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 
 PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 
-static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
-                      const pe_output *out)
-{
-    panels_q8(x, n_row, w, panel, n_panel, out);
-}
-
 #define q4_from q8_from
 static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
 
@@ -233,8 +227,29 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 
 PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
+#ifdef PE_WIDE_ROWS
+#include "tiles_wide.inc.h"
+#else
+#define PE_WIDE_Q8 INT64_MAX
+#define PE_WIDE_Q4 INT64_MAX
+#define many_q8 panels_q8
+#define many_q4 panels_q4
+#endif
+
+static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
+                      const pe_output *out)
+{
+    if (n_row < PE_WIDE_Q8)
+        panels_q8(x, n_row, w, panel, n_panel, out);
+    else
+        many_q8(x, n_row, w, panel, n_panel, out);
+}
+
 static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-    panels_q4(x, n_row, w, panel, n_panel, out);
+    if (n_row < PE_WIDE_Q4)
+        panels_q4(x, n_row, w, panel, n_panel, out);
+    else
+        many_q4(x, n_row, w, panel, n_panel, out);
 }

@@ -93,6 +93,47 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
+
+/* With more rows, what tiles_wide.inc.h does: 6 rows take 12 accumulators, which leaves registers for a vector of weights, an
+ * activation and a product. */
+#define PE_WIDE_ROWS 6
+#define PE_WIDE_Q8 11
+#define PE_WIDE_Q4 4
+
+PE_INLINE void vq_store_wide(int16_t *p, vq_w w)
+{
+    _mm256_store_si256((__m256i *)p, w.even.l);
+    _mm256_store_si256((__m256i *)(p + 16), w.even.h);
+    _mm256_store_si256((__m256i *)(p + 32), w.odd.l);
+    _mm256_store_si256((__m256i *)(p + 48), w.odd.h);
+}
+
+PE_INLINE void vq_widen_row(const uint8_t *q, int32_t *pairs)
+{
+    for (int i = 0; i < PE_GROUP / 4; i += 8) {
+        const __m256i a = _mm256_loadu_si256((const __m256i *)(q + 4 * i));
+        _mm256_store_si256((__m256i *)(pairs + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
+        _mm256_store_si256((__m256i *)(pairs + PE_GROUP / 4 + i), _mm256_srli_epi16(a, 8));
+    }
+}
+
+PE_INLINE vi vq_wide(const int16_t *p)
+{
+    return (vi){_mm256_load_si256((const __m256i *)p), _mm256_load_si256((const __m256i *)(p + 16))};
+}
+
+/* As assembly, since gcc would take more registers than there are. */
+PE_INLINE void vq_dot_wide(vi *acc, int32_t pair, vi w)
+{
+    __m256i a = _mm256_set1_epi32(pair);
+#if PE_MSVC
+    *acc = vi_add(*acc, (vi){_mm256_madd_epi16(a, w.l), _mm256_madd_epi16(a, w.h)});
+#else
+    __m256i product;
+    __asm__("vpmaddwd %4, %2, %3\n\tvpmaddwd %5, %2, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
+            : "+x"(acc->l), "+x"(acc->h), "+x"(a), "=&x"(product) : "x"(w.l), "x"(w.h));
+#endif
+}
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(avx2, PE_CPU_AVX2_FMA, 20)
