@@ -19,9 +19,10 @@
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
  * vq_sum(&acc, w)     acc += the sum of the 4 weights
- * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those, for at least PE_WIDE_Q8 and PE_WIDE_Q4 rows:
- * vq_store_wide       a vq_w as 2 x 16 pairs of 16 bits, values 0 and 2 first; vq_wide loads 16 pairs, vq_widen_row(q, pairs) makes
- *                     such pairs of a group of a row, vq_dot_wide(&acc, pair, w) acc += the sum of the 2 products
+ * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q8, PE_WIDE_Q4 the fewest rows of a
+ *                     product that they are for
+ * vq_store_wide(p, w) a vq_w as 2 x 16 pairs of int16, those of values 0 and 2 first; vq_wide(p) loads 16 of them
+ * vq_widen_row(q, pairs)  a group of a row as such pairs; vq_dot_wide(&acc, pair, w) acc += the sum of the 2 products
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
  *                     vf_store_bf16, vf_store_bf16_normal (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not
