@@ -18,7 +18,10 @@
  * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
- * vq_sum(&acc, w)     acc += the sum of the 4 weights
+ * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; if a level defines vq_sum_end, that
+ *                     makes the sums of what was added
+ * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready, vq_ready
+ * PE_OWN_GROUP_Q8     defined where a level has its own group_q8 (tiles_int.inc.h)
  * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q8, PE_WIDE_Q4 the fewest rows of a
  *                     product that they are for
  * vq_store_wide(p, w) a vq_w as 2 x 16 pairs of int16, those of values 0 and 2 first; vq_wide(p) loads 16 of them
@@ -28,6 +31,7 @@
  * PE_PIN(v)           keeps v in a register, where a compiler would not
  * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
  *                     PE_Q8_ and PE_Q4_ likewise
+ * PE_Q8_STREAM        up to how many rows int8 goes panel by panel; 12 if not defined
  * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them; 0 if not defined */
 
 #include "vecmath.inc.h"

@@ -91,13 +91,6 @@
             PE_PREFETCH(p);                                                                                          \
     } while (0)
 
-/* With so few rows, products wait for the weights. One panel after the other is one stream from memory, which comes faster than
- * four. Floats stay with four panels: a single panel's sums, which must go on in order, would wait for each other. */
-#define PE_Q8_STREAM 12
-#define PE_Q4_STREAM 12
-#define PE_F32_STREAM 0
-#define PE_BF16_STREAM 0
-
 /* Which weights a tile asks for while it computes, since processors alone fetch too late: with line i of a panel (64 bytes), the one
  * at the panel's start + bytes + i * pace. */
 typedef struct {

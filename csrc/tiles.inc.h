@@ -6,6 +6,15 @@
  *
  * `ahead` says which weights a tile asks for while it computes (level.h). */
 
+/* With so few rows, products wait for the weights. One panel after the other is one stream from memory, which comes faster than
+ * four. Floats stay with four panels: a single panel's sums, which must go on in order, would wait for each other. */
+#ifndef PE_Q8_STREAM
+#define PE_Q8_STREAM 12
+#endif
+#define PE_Q4_STREAM 12
+#define PE_F32_STREAM 0
+#define PE_BF16_STREAM 0
+
 /* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
 PE_INLINE void prefetch_tile(int rows, int panels, const pe_output *out)
 {

@@ -6,13 +6,30 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
     return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->offset + group, x->stride};
 }
 
+/* Activations of a group of PE_GROUP: where they lie, if a level doesn't make them ready beforehand. */
+#ifndef PE_OWN_GROUP
+typedef struct {
+    const uint8_t *q;
+    int64_t stride;
+} vq_group;
+PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride)
+{
+    (void)rows;
+    *group = (vq_group){q, stride};
+}
+PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
+{
+    return vq_activations(group->q + r * group->stride + 4 * quad);
+}
+#endif
+
 /* A whole group of one panel for at most PE_Q8_FAST rows, which a core multiplies faster than memory brings the weights. Then so
  * many loads are under way at once that the processor's own prefetching leads, and brings more than lines asked for one by one:
  * each of those holds one of the few places for misses of the L1 cache until memory answers. A line in four is a hint enough. */
 #ifndef PE_Q8_FAST
 #define PE_Q8_FAST 0
 #endif
-PE_INLINE void stream_q8(int rows, const uint8_t *q, int64_t stride, const int8_t *quads, vi acc[12][4])
+PE_INLINE void stream_q8(int rows, const vq_group *x, const int8_t *quads, vi acc[12][4])
 {
     for (int i = 0; i < PE_GROUP / 4; i += 4) {
         PE_PREFETCH_FAR(quads + PE_STREAM_AHEAD + i * 4 * PE_LANES);
@@ -21,7 +38,7 @@ PE_INLINE void stream_q8(int rows, const uint8_t *q, int64_t stride, const int8_
             const vq_w column = vq_weights(quads + j * 4 * PE_LANES);
             PE_UNROLL
             for (int r = 0; r < rows; r++)
-                vq_dot(&acc[r][0], vq_activations(q + r * stride + 4 * j), column);
+                vq_dot(&acc[r][0], vq_ready(x, r, j), column);
         }
     }
 }
@@ -29,14 +46,15 @@ PE_INLINE void stream_q8(int rows, const uint8_t *q, int64_t stride, const int8_
 /* One group of int8 weights: acc[r][p] += the sum of q * w over n_quad > 0 quads, exact. A pointer for each row would not fit the
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
 #ifndef PE_OWN_GROUP_Q8
-PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t n_quad, const int8_t *next, int64_t pace, vi acc[12][4])
+PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
+                        const int8_t *next, int64_t pace, vi acc[12][4])
 {
+    const int64_t stride = x->stride;
     const int8_t *end = quads + n_quad * 4 * PE_LANES;
     const uint8_t *third[4];
     PE_UNROLL
     for (int r = 0; r < rows; r += 3)
-        third[r / 3] = q + r * stride;
+        third[r / 3] = x->q + r * stride;
     do {
         vq_w column[4];
         PE_UNROLL
@@ -95,11 +113,13 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             for (int r = 0; r < rows; r++)
                 acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
         }
+        vq_group ready;
+        vq_make_ready(&ready, rows, x->q + 4 * first, x->stride);
         if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
-            stream_q8(rows, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, acc);
+            stream_q8(rows, &ready, quads + first * 4 * PE_LANES, acc);
         else
-            group_q8(rows, panels, x->q + 4 * first, x->stride, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES,
-                     last - first, quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+            group_q8(rows, panels, &ready, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES, last - first,
+                     quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
@@ -125,8 +145,12 @@ PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 #define q4_from q8_from
 static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
 
-/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum. */
-PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, const uint8_t *nibbles, int64_t panel_stride,
+#ifndef vq_sum_end
+#define vq_sum_end(acc) (acc)
+#endif
+
+/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum; quad: its first in `x`. */
+PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, const uint8_t *nibbles, int64_t panel_stride,
                         const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
 {
     enum { OCTETS = PE_Q4_GROUP / 8 };
@@ -143,12 +167,11 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
         for (int p = 0; p < panels; p++) {
             vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
             PE_PREFETCH_WEIGHTS(panels, PE_Q4_MANY, next + p * panel_stride + i * pace);
-            vq_sum(&column_sum[p], low[p]);
-            vq_sum(&column_sum[p], high[p]);
+            vq_sum(&column_sum[p], low[p], high[p]);
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            vq_a first = vq_activations(q + r * stride + 8 * i), second = vq_activations(q + r * stride + 8 * i + 4);
+            vq_a first = vq_ready(x, r, quad + 2 * i), second = vq_ready(x, r, quad + 2 * i + 1);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 vq_dot(&acc[r][p], first, low[p]);
@@ -156,6 +179,9 @@ PE_INLINE void group_q4(int rows, int panels, const uint8_t *q, int64_t stride, 
             }
         }
     }
+    PE_UNROLL
+    for (int p = 0; p < panels; p++)
+        column_sum[p] = vq_sum_end(column_sum[p]);
     if (PE_Q8_ORIGIN)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
@@ -185,6 +211,8 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
         PE_ALIGNED float part[12 * 4 * PE_LANES];
         vf weight_sum[4];
+        vq_group ready;
+        vq_make_ready(&ready, rows, x->q + g * PE_GROUP, x->stride);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             weight_sum[p] = vf_set(0.0f);
@@ -192,7 +220,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             vf_store(part + i * PE_LANES, vf_set(0.0f));
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
-            group_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, nibbles + i * BYTES, n_group * BYTES,
+            group_q4(rows, panels, &ready, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
                      nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {

@@ -46,13 +46,12 @@ static void widen_q4(const pe_weights_q4 *w, int64_t panel, int64_t group, wide_
             vq_w low, high;
             PE_PREFETCH_FAR(nibbles + WIDE_PANELS * q4_panel_bytes(w) + j);
             vq_nibbles(nibbles + j, pe_q4_codebook, &low, &high);
-            vq_sum(&column_sum, low);
-            vq_sum(&column_sum, high);
+            vq_sum(&column_sum, low, high);
             vq_store_wide(to->weights + 2 * j, low);
             vq_store_wide(to->weights + 2 * j + 4 * PE_LANES, high);
         }
         to->scale[i] = from_bf16s(scale + i * PE_LANES);
-        to->weight_sum = vf_mad(to->scale[i], vi_to_float(column_sum), to->weight_sum);
+        to->weight_sum = vf_mad(to->scale[i], vi_to_float(vq_sum_end(column_sum)), to->weight_sum);
     }
 }
 

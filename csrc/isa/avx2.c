@@ -1,87 +1,94 @@
-/* AVX2 with FMA: Haswell, Zen and later. A vector is two ymm registers. int8 goes through 16-bit multiplies, since
- * vpmaddubsw saturates. */
+/* AVX2 with FMA: Haswell, Zen and later. A vector is two ymm registers. int8 goes through vpmaddubsw, which saturates at 16 bits:
+ * |q - 128| * (the weight, negated where q < 128) is at most 128 * 127, so two of them fit. */
 #include "../level.h"
 
 #if PE_X86
 PE_TARGET_BEGIN("avx2,fma")
 #include "avx2.inc.h"
 
-/* 4 values along k of 16 columns, split into even and odd k as 16-bit integers for vpmaddwd. */
-typedef struct { vi even, odd; } vq_w;
-typedef struct { __m256i even, odd; } vq_a;
+#define PE_Q8_ORIGIN 128
 
-PE_INLINE vq_w widened(__m256i l, __m256i h)
-{
-    return (vq_w){
-        {_mm256_srai_epi16(_mm256_slli_epi16(l, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(h, 8), 8)},
-        {_mm256_srai_epi16(l, 8), _mm256_srai_epi16(h, 8)},
-    };
-}
+/* 4 activations less 128, in all lanes: their sizes, and themselves for their signs. */
+typedef struct { __m256i size, sign; } vq_a;
+typedef vi vq_w;
 
 PE_INLINE vq_w vq_weights(const int8_t *p)
 {
-    return widened(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32)));
+    return (vi){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
 }
 
-PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high)
+PE_INLINE vq_a signed_bytes(__m256i a)
 {
-    vi l, h;
-    nibbles(p, table, &l, &h);
-    *low = widened(l.l, l.h);
-    *high = widened(h.l, h.h);
+    a = _mm256_xor_si256(a, _mm256_set1_epi8(-128));
+    return (vq_a){_mm256_abs_epi8(a), a};
 }
+PE_INLINE vq_a vq_activations(const uint8_t *p) { return signed_bytes(_mm256_set1_epi32(pe_load_i32(p))); }
 
-PE_INLINE void vq_sum(vi *acc, vq_w w)
+PE_INLINE void dot(__m256i *acc, vq_a a, __m256i w)
 {
-    const __m256i ones = _mm256_set1_epi16(1);
-    *acc = vi_add(*acc, (vi){_mm256_madd_epi16(_mm256_add_epi16(w.even.l, w.odd.l), ones),
-                             _mm256_madd_epi16(_mm256_add_epi16(w.even.h, w.odd.h), ones)});
-}
-
-PE_INLINE vq_a vq_activations(const uint8_t *p)
-{
-    __m256i a = _mm256_set1_epi32(pe_load_i32(p));
-    __m256i low = _mm256_set1_epi32(0x00ff00ff);
-    return (vq_a){_mm256_and_si256(a, low), _mm256_and_si256(_mm256_srli_epi16(a, 8), low)};
+    const __m256i pairs = _mm256_maddubs_epi16(a.size, _mm256_sign_epi8(w, a.sign));
+    add_to(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 {
-    __m256i l = _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even.l), _mm256_madd_epi16(a.odd, w.odd.l));
-    __m256i h = _mm256_add_epi32(_mm256_madd_epi16(a.even, w.even.h), _mm256_madd_epi16(a.odd, w.odd.h));
-    add_to(&acc->l, l);
-    add_to(&acc->h, h);
+    dot(&acc->l, a, w.l);
+    dot(&acc->h, a, w.h);
 }
+
+PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
+
+/* In 16 bits at first, which hold a group's. */
+PE_INLINE __m256i sum(__m256i words, __m256i low, __m256i high)
+{
+    const __m256i ones = _mm256_set1_epi8(1);
+    words = _mm256_add_epi16(words, _mm256_maddubs_epi16(ones, low));
+    return _mm256_add_epi16(words, _mm256_maddubs_epi16(ones, high));
+}
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high) { *acc = (vi){sum(acc->l, low.l, high.l), sum(acc->h, low.h, high.h)}; }
+#define vq_sum_end(acc) PE_BOTH(vi, _mm256_madd_epi16, acc, ((vi){_mm256_set1_epi16(1), _mm256_set1_epi16(1)}))
 
 #define PE_Q8_ROWS_1 5
 #define PE_Q8_ROWS_2 1
 #define PE_Q8_ROWS_4 1
 #define PE_Q8_MANY 1
+#define PE_Q8_STREAM 0 /* one row goes four panels at a time */
 
-/* Several rows are widened before they are multiplied, once for a group: an activation is then one load, and most of what a
- * tile does is vpmaddwd and vpaddd. wide[r][0][i] is values 0 and 2 of quad i, wide[r][1][i] values 1 and 3. */
-#define PE_OWN_GROUP_Q8
-PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                        int64_t n_quad, const int8_t *next, int64_t pace, vi acc[12][4])
+/* Activations are made ready once for a group, not once for each panel: each is then two loads. */
+#define PE_OWN_GROUP
+typedef struct { PE_ALIGNED int32_t size[PE_Q8_ROWS_1][PE_GROUP / 4], sign[PE_Q8_ROWS_1][PE_GROUP / 4]; } vq_group;
+
+PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride)
 {
-    PE_ALIGNED int32_t wide[PE_Q8_ROWS_1][2][PE_GROUP / 4];
-    for (int r = 0; r < rows && rows > 1; r++)
+    for (int r = 0; r < rows; r++)
         for (int i = 0; i < PE_GROUP / 4; i += 8) {
-            const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * i));
-            _mm256_storeu_si256((__m256i *)(wide[r][0] + i), _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)));
-            _mm256_storeu_si256((__m256i *)(wide[r][1] + i), _mm256_srli_epi16(a, 8));
+            const vq_a a = signed_bytes(_mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * i)));
+            _mm256_storeu_si256((__m256i *)(group->size[r] + i), a.size);
+            _mm256_storeu_si256((__m256i *)(group->sign[r] + i), a.sign);
         }
+}
+
+PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
+{
+    return (vq_a){_mm256_set1_epi32(group->size[r][quad]), _mm256_set1_epi32(group->sign[r][quad])};
+}
+
+/* Four panels are four streams, which the processor follows by itself: lines asked for would only be in its way. */
+#define PE_OWN_GROUP_Q8
+PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
+                        const int8_t *next, int64_t pace, vi acc[12][4])
+{
     for (int64_t i = 0; i < n_quad; i++) {
         vq_w column[4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
-            PE_PREFETCH(next + p * panel_stride + i * pace);
+            if (panels < 4)
+                PE_PREFETCH(next + p * panel_stride + i * pace);
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
-            const vq_a value = rows == 1 ? vq_activations(q + 4 * i)
-                                         : (vq_a){_mm256_set1_epi32(wide[r][0][i]), _mm256_set1_epi32(wide[r][1][i])};
+            const vq_a value = vq_ready(x, r, i);
             PE_UNROLL
             for (int p = 0; p < panels; p++)
                 vq_dot(&acc[r][p], value, column[p]);
@@ -102,10 +109,10 @@ PE_INLINE void group_q8(int rows, int panels, const uint8_t *q, int64_t stride, 
 
 PE_INLINE void vq_store_wide(int16_t *p, vq_w w)
 {
-    _mm256_store_si256((__m256i *)p, w.even.l);
-    _mm256_store_si256((__m256i *)(p + 16), w.even.h);
-    _mm256_store_si256((__m256i *)(p + 32), w.odd.l);
-    _mm256_store_si256((__m256i *)(p + 48), w.odd.h);
+    _mm256_store_si256((__m256i *)p, _mm256_srai_epi16(_mm256_slli_epi16(w.l, 8), 8));
+    _mm256_store_si256((__m256i *)(p + 16), _mm256_srai_epi16(_mm256_slli_epi16(w.h, 8), 8));
+    _mm256_store_si256((__m256i *)(p + 32), _mm256_srai_epi16(w.l, 8));
+    _mm256_store_si256((__m256i *)(p + 48), _mm256_srai_epi16(w.h, 8));
 }
 
 PE_INLINE void vq_widen_row(const uint8_t *q, int32_t *pairs)

@@ -63,16 +63,6 @@ PE_INLINE vi vi_set(int32_t a) { return (vi){_mm256_set1_epi32(a), _mm256_set1_e
 PE_INLINE vi vi_add(vi a, vi b) { return PE_BOTH(vi, _mm256_add_epi32, a, b); }
 PE_INLINE vi vi_sub(vi a, vi b) { return PE_BOTH(vi, _mm256_sub_epi32, a, b); }
 PE_INLINE vi vi_mul(vi a, vi b) { return PE_BOTH(vi, _mm256_mullo_epi32, a, b); }
-PE_INLINE vi vi_words(const int16_t *p)
-{
-    return (vi){_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
-                _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
-}
-PE_INLINE vi vi_mul16(vi a, int32_t b) /* 0 times the upper half of b */
-{
-    const __m256i all = _mm256_set1_epi32(b);
-    return (vi){_mm256_madd_epi16(a.l, all), _mm256_madd_epi16(a.h, all)};
-}
 PE_INLINE vi vi_and(vi a, vi b) { return PE_BOTH(vi, _mm256_and_si256, a, b); }
 PE_INLINE vi vi_or(vi a, vi b) { return PE_BOTH(vi, _mm256_or_si256, a, b); }
 PE_INLINE vi vi_min(vi a, vi b) { return PE_BOTH(vi, _mm256_min_epi32, a, b); }
@@ -89,6 +79,8 @@ PE_INLINE vi vi_load_s16(const int16_t *p)
     return (vi){_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
+#define vi_words vi_load_s16
+PE_INLINE vi vi_mul16(vi a, int32_t b) { return vi_mul(a, vi_set(b)); }
 PE_INLINE vi vi_load_s8(const int8_t *p)
 {
     return (vi){_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
@@ -145,8 +137,6 @@ PE_INLINE void nibbles(const uint8_t *p, const int8_t *table, vi *low, vi *high)
     *high = (vi){_mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(l, 4), mask)),
                  _mm256_shuffle_epi8(entries, _mm256_and_si256(_mm256_srli_epi16(h, 4), mask))};
 }
-
-#define PE_Q8_ORIGIN 0
 
 /* Rows of a tile, by how many panels wide it is: two registers an accumulator, 16 registers in all. */
 #define PE_F32_ROWS_1 6

@@ -5,6 +5,8 @@
 PE_TARGET_BEGIN("avx2,fma")
 #include "avx2.inc.h"
 
+#define PE_Q8_ORIGIN 0
+
 typedef __m256i vq_a;
 typedef vi vq_w;
 
@@ -31,7 +33,11 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 }
 
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
-PE_INLINE void vq_sum(vi *acc, vq_w w) { vq_dot(acc, _mm256_set1_epi8(1), w); }
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
+{
+    vq_dot(acc, _mm256_set1_epi8(1), low);
+    vq_dot(acc, _mm256_set1_epi8(1), high);
+}
 
 #define PE_Q8_ROWS_1 6
 #define PE_Q8_ROWS_2 2

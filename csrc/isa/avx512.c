@@ -30,9 +30,10 @@ PE_INLINE void vq_dot(vi *acc, vq a, vq w)
     *acc = vi_add(*acc, vi_add(_mm512_madd_epi16(a.even, w.even), _mm512_madd_epi16(a.odd, w.odd)));
 }
 
-PE_INLINE void vq_sum(vi *acc, vq w)
+PE_INLINE void vq_sum(vi *acc, vq low, vq high)
 {
-    *acc = vi_add(*acc, _mm512_madd_epi16(_mm512_add_epi16(w.even, w.odd), _mm512_set1_epi16(1)));
+    const vi words = _mm512_add_epi16(_mm512_add_epi16(low.even, low.odd), _mm512_add_epi16(high.even, high.odd));
+    *acc = vi_add(*acc, _mm512_madd_epi16(words, _mm512_set1_epi16(1)));
 }
 
 typedef vq vq_a;

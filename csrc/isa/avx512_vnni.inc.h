@@ -16,7 +16,11 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 }
 
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
-PE_INLINE void vq_sum(vi *acc, vq_w w) { vq_dot(acc, _mm512_set1_epi8(1), w); }
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
+{
+    vq_dot(acc, _mm512_set1_epi8(1), low);
+    vq_dot(acc, _mm512_set1_epi8(1), high);
+}
 
 #define PE_Q8_ROWS_1 12
 #define PE_Q8_ROWS_2 12

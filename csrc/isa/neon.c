@@ -170,7 +170,11 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 {
     *acc = (vi){dot4(acc->a, a, w.a), dot4(acc->b, a, w.b), dot4(acc->c, a, w.c), dot4(acc->d, a, w.d)};
 }
-PE_INLINE void vq_sum(vi *acc, vq_w w) { vq_dot(acc, vdupq_n_s8(1), w); }
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
+{
+    vq_dot(acc, vdupq_n_s8(1), low);
+    vq_dot(acc, vdupq_n_s8(1), high);
+}
 
 #define PE_PIN(v) ((void)0)
 #define PE_Q8_ORIGIN 128

@@ -199,9 +199,11 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
             high->x[i][j] = table[p[4 * i + j] >> 4];
         }
 }
-PE_INLINE void vq_sum(vi *acc, vq_w w)
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
 {
-    PE_FOR acc->x[i] += w.x[i][0] + w.x[i][1] + w.x[i][2] + w.x[i][3];
+    PE_FOR
+        for (int j = 0; j < 4; j++)
+            acc->x[i] += low.x[i][j] + high.x[i][j];
 }
 
 #define PE_PIN(v) ((void)0)
