@@ -15,7 +15,7 @@ from bench.engines import Floats
 from pyengine.architectures import architecture_of
 from pyengine.checkpoint import Checkpoint, bind
 from pyengine.plan import Plan
-from pyengine.weights import TensorReader, as_stored, to_float32
+from pyengine.weights import TensorReader
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Floats]]:
@@ -28,9 +28,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Floats]]:
         for name, vector in plan.vectors.items():
             yield vector.tensor, reader.vector(name)
         for name, spec in plan.matrices.items():
-            pieces = [piece.copy() for _, piece in reader.slabs(name)]  # the reader uses its buffer again
-            stored = as_stored(np.concatenate(pieces), found[name].dtype).reshape(spec.shape)
-            yield spec.tensor, to_float32(np.ascontiguousarray(stored.T) if spec.layout == "in_out" else stored)
+            values = np.concatenate([rows.copy() for _, rows in reader.rows(name)])  # the reader uses its buffer again
+            yield spec.tensor, np.ascontiguousarray(values.T) if spec.layout == "in_out" else values
 
 
 def vocabulary(folder: Path, vocab_size: int) -> tuple[list[str], list[str]]:

@@ -15,11 +15,14 @@ from checkpoints import write_checkpoint
 pytest.importorskip("bench.report", reason="needs the checkout on the path: python -m pytest")
 
 from bench import check, compare, metrics, report
+from bench.checkpoint import tensors
 from bench.contender import PROCESS_SAMPLES, Contender, Subject, Trouble, fitting
 from bench.metrics import METRICS, Metric
 from bench.remote import Remote
 from pyengine import loading
+from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost
+from pyengine.weights import as_stored, to_float32
 
 if sys.platform == "win32" or getattr(sys.flags, "safe_path", False):
     pytest.skip("a worker needs POSIX, and wouldn't find the checkout on a safe path", allow_module_level=True)
@@ -121,6 +124,22 @@ def test_a_metric_needs_a_context_that_is_long_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_other_engines_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr("pyengine.weights.SLAB_BYTES", 5000)  # several pieces of each matrix
+    folder = write_checkpoint(tmp_path, dtype=dtype)
+    found = dict(tensors(folder))
+    with Checkpoint.open(folder) as checkpoint:
+        for name, values in found.items():
+            tensor = checkpoint.tensors[name]
+            raw = np.empty(tensor.nbytes, np.uint8)
+            checkpoint.read_into(name, raw)
+            expected = to_float32(as_stored(raw, tensor.dtype)).reshape(tensor.shape)
+            transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
+            np.testing.assert_array_equal(values, expected.T if transposed else expected)
+    assert len(found) == len(checkpoint.tensors)
+
+
 def test_a_worker_stands_still_unless_asked(tmp_path: Path) -> None:
     remote = Remote("pyengine", "float32", 1, tmp_path / "log")
     status = Path(f"/proc/{remote.process.pid}/stat")
