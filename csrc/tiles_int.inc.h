@@ -45,7 +45,7 @@ PE_INLINE void stream_q8(int rows, const vq_group *x, const int8_t *quads, vi ac
 
 /* One group of int8 weights: acc[r][p] += the sum of q * w over n_quad > 0 quads, exact. A pointer for each row would not fit the
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
-#ifndef PE_OWN_GROUP_Q8
+#ifndef PE_OWN_GROUP
 PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
                         const int8_t *next, int64_t pace, vi acc[12][4])
 {
@@ -257,27 +257,19 @@ PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
 #ifdef PE_WIDE_ROWS
 #include "tiles_wide.inc.h"
+#define PE_BY_ROWS(kind, KIND) (n_row < PE_WIDE_##KIND ? panels_##kind : many_##kind)
 #else
-#define PE_WIDE_Q8 INT64_MAX
-#define PE_WIDE_Q4 INT64_MAX
-#define many_q8 panels_q8
-#define many_q4 panels_q4
+#define PE_BY_ROWS(kind, KIND) panels_##kind
 #endif
 
 static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-    if (n_row < PE_WIDE_Q8)
-        panels_q8(x, n_row, w, panel, n_panel, out);
-    else
-        many_q8(x, n_row, w, panel, n_panel, out);
+    PE_BY_ROWS(q8, Q8)(x, n_row, w, panel, n_panel, out);
 }
 
 static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-    if (n_row < PE_WIDE_Q4)
-        panels_q4(x, n_row, w, panel, n_panel, out);
-    else
-        many_q4(x, n_row, w, panel, n_panel, out);
+    PE_BY_ROWS(q4, Q4)(x, n_row, w, panel, n_panel, out);
 }

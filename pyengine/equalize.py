@@ -104,9 +104,7 @@ def _equalize_values(
     assert isinstance(attend, Attend) and qkv.out == attend.src
     n_value = attend.n_kv_head * attend.head_dim
     bias = None if qkv.bias is None else vectors[qkv.bias]
-    value_range = DEVIATIONS * spread[-n_value:]
-    if bias is not None:
-        value_range = value_range + np.abs(bias[-n_value:])
+    value_range = DEVIATIONS * spread[-n_value:] + (np.float32(0) if bias is None else np.abs(bias[-n_value:]))
     # Heads that share a kv head share its channels: the weights that a channel meets are those of all of them.
     by_group = largest.reshape(attend.n_kv_head, -1, attend.head_dim).max(axis=1)
     s = _scale(value_range, by_group.reshape(-1), roots)

@@ -123,7 +123,6 @@ def test_a_metric_needs_a_context_that_is_long_enough(tmp_path: Path) -> None:
     assert "decode" not in compare.rooflines({"bandwidth": 1.0}, [subject])["float32"]  # 112 positions
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_other_engines_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr("pyengine.weights.SLAB_BYTES", 5000)  # several pieces of each matrix
@@ -140,6 +139,7 @@ def test_what_other_engines_are_given(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(found) == len(checkpoint.tensors)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_stands_still_unless_asked(tmp_path: Path) -> None:
     remote = Remote("pyengine", "float32", 1, tmp_path / "log")
     status = Path(f"/proc/{remote.process.pid}/stat")

@@ -74,7 +74,6 @@ PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
 }
 
 /* Four panels are four streams, which the processor follows by itself: lines asked for would only be in its way. */
-#define PE_OWN_GROUP_Q8
 PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
                         const int8_t *next, int64_t pace, vi acc[12][4])
 {
