@@ -34,6 +34,8 @@ from .scheduler import Floats, Task
 
 REFUSED = 2  # tokens, after which a constraint's mask is made: it costs as much as a few questions
 
+UNKNOWN = -1  # a token that a constraint has yet to be asked for
+
 Continuation = tuple[float, float, int, int]  # of a beam: its rank (the least first), score, parent and token id
 Top = tuple[NDArray[np.int32], Floats]  # token ids and logits, the largest first
 
@@ -75,18 +77,15 @@ class Group:
         """Continuations to look at in a step: enough that `size` of them go on, however many end."""
         return max(2, 1 + len(self.stop_ids)) * self.size
 
-    def advance(self, candidates: list[Candidate]) -> None:
-        """Takes the n_candidates best, in order."""
+    def advance(self, candidates: Iterable[Candidate]) -> None:
+        """Takes as many of the n_candidates best, in order, as it needs to know what goes on and what is a result."""
         n_tokens = len(self.beams[0].tokens) + 1
+        best = -math.inf
         going_on: list[Beam] = []
-        last = {candidate.parent: rank for rank, candidate in enumerate(candidates)}  # of each parent's children
-        for rank, candidate in enumerate(candidates):
-            if rank >= self.size and len(going_on) == self.size:
-                break  # what is left neither goes on nor is a result
+        for rank, candidate in enumerate(itertools.islice(candidates, self.n_candidates)):
+            best = max(best, candidate.score)
             parent = self.beams[candidate.parent]
-            adjustments = parent.adjustments
-            if rank < last[candidate.parent]:  # the last one takes them over
-                adjustments = adjustments.fork()
+            adjustments = parent.adjustments.fork()
             adjustments.append(candidate.chosen.token_id)
             tokens = (*parent.tokens, candidate.chosen)
             beam = Beam(candidate.score, adjustments, tokens, self.first_row + candidate.parent)
@@ -94,11 +93,14 @@ class Group:
                 going_on.append(beam)
             elif rank < self.size:  # what ends further down is no result: it would have been no beam
                 self._finish([beam])
+            if rank + 1 >= self.size and len(going_on) >= self.size:
+                break  # what is left neither goes on nor is a result
         self.beams = going_on[: self.size]
         # With groups the rules are those of transformers 4, the last that has them: what ends counts among the best
         # that could come, and early_stopping leaves no room for texts that the length ends. Version 5 differs in both.
         grouped = self.params.num_beam_groups > 1
-        best = candidates[0].score if grouped else self.beams[0].score if self.beams else -math.inf
+        if not grouped:
+            best = self.beams[0].score if self.beams else -math.inf
         self.ended = not self.beams or self._settled(best, n_tokens)
         if n_tokens == self.n_max and not (grouped and self.ended):
             self._finish(self.beams)
@@ -149,7 +151,7 @@ class BeamSearch:
         """The texts that are done, the best first."""
         return sorted((beam for group in self.groups for beam in group.finished), key=lambda beam: -beam.score)
 
-    def advance(self, candidates_of: Callable[[Group, array[int]], list[Candidate]]) -> list[int] | None:
+    def advance(self, candidates_of: Callable[[Group, array[int]], Iterable[Candidate]]) -> list[int] | None:
         """One step: asks for each group's candidates, given the tokens that the beams of the groups before it took.
 
         Returns the new beams' parents, or None at the end of the search.
@@ -298,8 +300,11 @@ class Candidates:
         self.seed = job.params.choose_seed()
         self.n_least = max(2, 1 + len(job.stop_ids))  # tokens that the filters leave, so that one can go on
 
-    def of(self, logits: SequenceOf[Floats], group: Group, taken: array[int]) -> list[Candidate]:
-        """The n_candidates of a group, the best first, given the logits of each row, float32 [vocab_size]."""
+    def of(self, logits: SequenceOf[Floats], group: Group, taken: array[int]) -> Iterator[Candidate]:
+        """The candidates of a group, the best first, given the logits of each row, float32 [vocab_size].
+
+        They are looked for as they are asked for.
+        """
         rows = list(logits[group.first_row : group.first_row + len(group.beams)])
         tops, totals = self._tops(rows, group, taken)
         found: list[Iterable[Continuation]] = []
@@ -308,12 +313,14 @@ class Candidates:
                 found.append(self._draw(row, total, beam, parent, taken, group.n_candidates))
             else:
                 found.append(self._best(row, total, beam, parent, taken, group.n_candidates, tops[parent]))
-        first = itertools.islice(heapq.merge(*found, key=lambda one: one[0]), group.n_candidates)
+        best: Iterable[Continuation] = heapq.merge(*found, key=lambda one: one[0])
+        if self.params.samples:  # the first that arrive, by their scores
+            best = sorted(itertools.islice(best, group.n_candidates), key=lambda one: -one[1])
         n_top = self.params.logprobs
-        return [
-            Candidate(score, parent, token_logprob(self.work, rows[parent], totals[parent], token_id, n_top))
-            for _, score, parent, token_id in sorted(first, key=lambda one: -one[1])
-        ]
+        for _, score, parent, token_id in best:
+            if token_id >= 0:
+                chosen = token_logprob(self.work, rows[parent], totals[parent], token_id, n_top)
+                yield Candidate(score, parent, chosen)
 
     def _tops(
         self, rows: list[Floats], group: Group, taken: array[int]
@@ -331,20 +338,23 @@ class Candidates:
     ) -> Iterator[Continuation]:
         """The n best continuations of a beam, the best first; `top` are the n largest logits if nothing adjusts them.
 
-        A constraint is asked for one after the other, as long as they are looked at; its mask is made when it has
-        refused some, or when none is left of those that would be the best without it.
+        A constraint is asked as late as can be. Of each token comes first what its score would be, without the token:
+        only if all that is better has been taken, the constraint is asked for it. When it has refused some, a mask is
+        made in its place, and when none is left of those that would be the best without the constraint.
         """
         constraint, n_found, n_refused = beam.adjustments.constraint, 0, 0
         adjusted, shift = self._adjusted(row, total, beam, taken)
         token_ids, values = top or self.work.top(adjusted, n)
         for token_id, value in zip(token_ids.tolist(), values.tolist(), strict=True):
-            if constraint and not constraint.allows(token_id):
-                n_refused += 1
+            score = beam.score + (value - shift)
+            if constraint:
+                yield -score, score, parent, UNKNOWN
                 if n_refused == REFUSED:
                     break
-                continue
+                if not constraint.allows(token_id):
+                    n_refused += 1
+                    continue
             n_found += 1
-            score = beam.score + (value - shift)
             yield -score, score, parent, token_id
         if not (constraint and n_refused):
             return

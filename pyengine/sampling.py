@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from array import array
 from dataclasses import dataclass, field
@@ -95,7 +94,8 @@ class Adjustments:
 
     def fork(self) -> Adjustments:
         """Those of another text with the same beginning."""
-        fork = copy.copy(self)
+        fork = object.__new__(Adjustments)
+        vars(fork).update(vars(self))  # `copy.copy` takes three times as long
         fork.generated = self.generated[:]
         fork.constraint = self.constraint and self.constraint.fork()
         return fork

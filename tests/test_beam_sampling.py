@@ -168,7 +168,7 @@ def test_candidates_follow_the_exact_distribution(temperature: float) -> None:
         group = Group(asked, 9)
         adjustments = group.beams[0].adjustments
         group.beams = [Beam(score, adjustments, (token,)) for score in SCORES]
-        drawn = Candidates(asked, [work]).of(LOGITS, group, array("i"))
+        drawn = list(Candidates(asked, [work]).of(LOGITS, group, array("i")))
         counts[frozenset(4 * one.parent + one.chosen.token_id for one in drawn)] += 1
         scores = [one.score for one in drawn]
         assert len(drawn) == 6 and scores == sorted(scores, reverse=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
 from collections.abc import Callable
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from fake_executor import FakeExecutor, LetterTokenizer, complete, drive
 
 import pyengine
 from pyengine._native.sampling import Workspace
+from pyengine.beam import Beam, Candidates, Group
 from pyengine.completion import Completion
-from pyengine.constraints import Vocabulary
+from pyengine.constraints import Constraint, Vocabulary
 from pyengine.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from pyengine.generation import Generation, Job
 from pyengine.params import SamplingParams
@@ -151,6 +154,40 @@ def test_beams_find_the_best_text_of_all(vocabulary: Vocabulary, executor: Any) 
     assert {text.finish_reason for text in found} == {"stop"}
     few = job(vocabulary, "regex", "a|b", num_beams=4, num_return_sequences=4)
     assert {text.text for text in complete(executor, [few])[0]} == {"a", "b"}
+
+
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+def test_beams_ask_late_and_get_what_masks_give_at_once(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    """The first candidates of three beams are those of masked rows, in order, and a beam far behind isn't asked."""
+    asked = []
+    for name in ("allows", "bits"):
+        ask = getattr(Constraint, name)
+        monkeypatch.setattr(Constraint, name, lambda its, *rest, ask=ask: asked.append(its) or ask(its, *rest))
+    rng, work = np.random.default_rng(0), Workspace(N)
+    one = job(vocabulary, "regex", "[a-f]{1,3}[x-z ]+", num_beams=3)
+    for _ in range(50):
+        logits = spread * rng.standard_normal((3, N)).astype(np.float32)
+        group = Group(one, 9)
+        beams = [Beam(score, group.beams[0].adjustments.fork()) for score in (-1.0, -2.0, -1e6)]
+        for beam, text in zip(beams, ("a", "bc", "abc"), strict=True):
+            for character in text[: int(rng.integers(len(text) + 1))]:
+                beam.adjustments.append(ord(character))
+        group.beams = beams
+        expected: list[tuple[float, int, int]] = []
+        for parent, (beam, row) in enumerate(zip(beams, logits, strict=True)):
+            constraint = beam.adjustments.constraint
+            assert constraint is not None
+            allowed = np.flatnonzero(constraint.mask(work, row) > -np.inf)
+            scores = beam.score + (row[allowed].astype(np.float64) - work.logsumexp(row))
+            expected += zip(scores.tolist(), [parent] * len(allowed), allowed.tolist(), strict=True)
+        n_allowed = len([parent for _, parent, _ in expected if parent < 2])
+        asked.clear()
+        found = list(islice(Candidates(one, [work]).of(logits, group, array("i")), min(6, n_allowed)))
+        expected = sorted(expected, reverse=True)[: len(found)]
+        assert [(one.score, one.parent, one.chosen.token_id) for one in found] == expected
+        assert asked and beams[2].adjustments.constraint not in asked
 
 
 def test_the_end_of_text_waits_for_the_constraint(vocabulary: Vocabulary) -> None:
