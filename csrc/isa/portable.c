@@ -1,6 +1,12 @@
 /* Plain C, 16 floats in an array: the meaning of every primitive, and what runs where nothing better does. */
 #include "../level.h"
 
+/* gcc 12 for 64-bit Arm otherwise loads two decays of softmax_rows before they are there: it takes vectors that it made of
+ * these structs for something else than their floats. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-strict-aliasing")
+#endif
+
 typedef struct { float x[PE_LANES]; } vf;
 typedef struct { int32_t x[PE_LANES]; } vi;
 typedef struct { int32_t x[PE_LANES]; } vm; /* 0 or 1 */
