@@ -30,7 +30,7 @@ PE_INLINE void quantize_group(const float *x, int64_t n, uint8_t *q, float *scal
     *scale = step + vf_sum(sum);
     int32_t lanes[PE_LANES];
     memcpy(lanes, &origin, sizeof lanes);
-    *offset = -lanes[0];
+    *offset = (int32_t)(0u - (uint32_t)lanes[0]); /* INT32_MIN, where there is NaN, stays what it is */
     PE_UNROLL
     for (int64_t i = 0; i < n; i += PE_LANES) {
         const vf v = load_or(x, i, n, 0.0f);
