@@ -173,7 +173,7 @@ typedef struct pe_kernels {
     void (*softmax)(const float *x, int64_t n, float *y);
 
     /* The maximum of n > 0 floats; NaN where any of them is NaN. */
-    float (*max)(const float *x, int64_t n);
+    float (*row_max)(const float *x, int64_t n);
 
     /* y[i] = exp(scale * (x[i] - offset)); returns their sum, as exact as the terms are; y may be NULL. */
     double (*exp_sum)(const float *x, int64_t n, float offset, float scale, float *y);

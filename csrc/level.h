@@ -72,7 +72,7 @@
 #define PE_AHEAD 8192
 #define PE_STREAM_AHEAD 4096
 #if PE_MSVC
-#define PE_PREFETCH_WRITE(p) ((void)0)
+#define PE_PREFETCH_WRITE(p) ((void)(p))
 #define PE_PREFETCH(p) ((void)(p))
 #define PE_PREFETCH_FAR(p) ((void)(p))
 #else
@@ -140,7 +140,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .softmax_rows = softmax_rows,                                                                            \
             .softmax_end = softmax_end,                                                                              \
             .softmax = softmax,                                                                                      \
-            .max = row_max,                                                                                          \
+            .row_max = row_max,                                                                                      \
             .exp_sum = exp_sum,                                                                                      \
             .spin_f32 = spin_f32,                                                                                    \
             .spin_bf16 = spin_bf16,                                                                                  \

@@ -82,7 +82,7 @@ cdef extern from "kernels.h" nogil:
         void (*softmax_rows)(float *, int64_t, int64_t, int64_t, float, float *, float *, uint16_t *) noexcept nogil
         void (*softmax_end)(const float *, float *, int64_t) noexcept nogil
         void (*softmax)(const float *, int64_t, float *) noexcept nogil
-        float (*max)(const float *, int64_t) noexcept nogil
+        float (*row_max)(const float *, int64_t) noexcept nogil
         double (*exp_sum)(const float *, int64_t, float, float, float *) noexcept nogil
         float (*spin_f32)(int64_t) noexcept nogil
         float (*spin_bf16)(int64_t) noexcept nogil

@@ -36,7 +36,7 @@ def token_logprobs(const float[:, :] logits, const int32_t[::1] token_ids):
 
 cdef double log_sum_exp(const float *x, int64_t n) noexcept nogil:
     """NaN where the row can't be used."""
-    cdef float top = kernels().max(x, n)
+    cdef float top = kernels().row_max(x, n)
     if not -INFINITY < top < INFINITY:
         return <double> INFINITY - INFINITY
     return top + log(kernels().exp_sum(x, n, top, 1.0, NULL))

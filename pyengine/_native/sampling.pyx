@@ -55,7 +55,7 @@ cdef class Workspace:
 
     cdef float maximum(self, const float[::1] logits) except? -1.0:
         self.check(logits)
-        cdef float top = kernels().max(&logits[0], self.vocab_size)
+        cdef float top = kernels().row_max(&logits[0], self.vocab_size)
         if not -INFINITY < top < INFINITY:
             raise unusable(logits)
         return top
@@ -92,7 +92,7 @@ cdef class Workspace:
     cdef int64_t top_row(self, const float *x, const Masking *m, int64_t k, Entry *entries) noexcept nogil:
         """What `top` does, for 0 < k <= vocab_size. Returns how many, -1 if the logits can't be used."""
         cdef int64_t n = self.restrict(&x, m), n_tied = k, n_found = 0, i
-        cdef float top = kernels().max(x, n) if n else -INFINITY, low
+        cdef float top = kernels().row_max(x, n) if n else -INFINITY, low
         if not top < INFINITY or (top == -INFINITY and not m.bits):
             return -1
         if top == -INFINITY:
@@ -191,7 +191,7 @@ cdef class Workspace:
         cdef int64_t n = self.vocab_size, n_block = self.maxima.shape[0], n_found, b
         cdef float low = -FLT_MAX
         for b in range(n_block):
-            maxima[b] = kernels().max(x + b * PEAK, min(n - b * PEAK, <int64_t> PEAK))
+            maxima[b] = kernels().row_max(x + b * PEAK, min(n - b * PEAK, <int64_t> PEAK))
             values[b] = max(maxima[b], -FLT_MAX)
         if k <= n_block:
             low = cutoff(values, NULL, n_block, k)
@@ -246,7 +246,7 @@ cdef class Workspace:
         cdef Filters filters = wish.filters
         cdef int64_t n = self.restrict(&x, &wish.masking), i, j
         cdef bint whole = wish.masking.bits == NULL
-        cdef float top = kernels().max(x, n) if n else -INFINITY
+        cdef float top = kernels().row_max(x, n) if n else -INFINITY
         cdef double sum = 0.0, mass
         for j in range(wish.n_uniform):
             wish.token_ids[j] = -1
@@ -324,7 +324,7 @@ cdef class Workspace:
             with nogil:
                 n_drawn = race(&self.weights[0], n, n_draw, &uniforms[0], &self.sums[0], &index[0], &log_time[0])
         token_ids = np.asarray(self.kept_ids)[indices[:n_drawn]] if n < self.vocab_size else indices[:n_drawn]
-        return token_ids, log_times[:n_drawn] - kernels().max(&logits[0], self.vocab_size) * inverse(temperature)
+        return token_ids, log_times[:n_drawn] - kernels().row_max(&logits[0], self.vocab_size) * inverse(temperature)
 
 
 cdef int masking_of(Masking *m, masking, int64_t vocab_size) except -1:
