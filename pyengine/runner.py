@@ -13,7 +13,9 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from .completion import Piece
@@ -34,8 +36,7 @@ class Request(Future[T], Generic[T]):
     def __init__(self, runner: Runner, task: Task) -> None:
         super().__init__()
         self._way: tuple[Runner, Task] | None = (runner, task)  # until it has ended: it keeps the model
-        self._changed = threading.Condition()
-        self._watchers: list[Callable[[], None]] = []  # of event loops
+        self._watchers: list[Callable[[], None]] = []  # of who iterates: called when there is more, or it has ended
         self.pieces: list[Piece] = []  # so far, of the first text
 
     def cancel(self) -> bool:
@@ -58,8 +59,7 @@ class Request(Future[T], Generic[T]):
     def join(self) -> None:
         """Waits until it has ended, in whatever way."""
         self._may_wait()
-        with self._changed:
-            self._changed.wait_for(self.done)
+        wait([self])
 
     def _may_wait(self) -> None:
         """Raises `ArgumentError` in the thread that steps, as in a callback: it would wait for itself."""
@@ -88,25 +88,27 @@ class Request(Future[T], Generic[T]):
         self._tell()
 
     def _tell(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-            watchers = self._watchers[:]
-        for watcher in watchers:
+        """Wakes those who iterate. They watch first and look then, so no lock is needed: nobody misses what comes."""
+        for watcher in self._watchers[:]:
             watcher()
 
     def __iter__(self) -> Iterator[Piece]:
-        n = 0
-        while self._has_piece(n):
-            yield self.pieces[n]
-            n += 1
+        changed: SimpleQueue[None] = SimpleQueue()
+        watcher, n = partial(changed.put, None), 0
+        self._watchers.append(watcher)
+        try:
+            while True:
+                self._may_wait()
+                ended = self.done()
+                while n < len(self.pieces):
+                    yield self.pieces[n]
+                    n += 1
+                if ended:
+                    break
+                changed.get()
+        finally:
+            self._watchers.remove(watcher)
         self.result()
-
-    def _has_piece(self, n: int) -> bool:
-        """Waits for piece n; False if there is none."""
-        self._may_wait()
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.pieces) > n or self.done())
-        return len(self.pieces) > n
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         import asyncio  # slow to import, and there already where an event loop runs
@@ -117,8 +119,7 @@ class Request(Future[T], Generic[T]):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(changed.set)
 
-        with self._changed:
-            self._watchers.append(watcher)
+        self._watchers.append(watcher)
         try:
             while True:
                 changed.clear()
@@ -261,11 +262,10 @@ class Inbox:
             self.messages.append(message)
             self.changed.notify()
 
-    def take(self) -> list[Message]:
-        with self.changed:
-            taken = list(self.messages)
-            self.messages.clear()
-            return taken
+    def take(self) -> Iterator[Message]:
+        """Those that are there, for the only thread that takes any."""
+        while self.messages:
+            yield self.messages.popleft()
 
     def wait(self) -> bool:
         """Waits for messages; False if there will be none."""
