@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from ._native.memory import checksum
 from .errors import ArgumentError
 from .kv import UNLIMITED, KVPool, Sequence
 from .plan import Attend, Embed, Linear, Norm, PickRows, Plan
+
+if TYPE_CHECKING:  # of the stub
+    from ._native.engine import Part
 
 Floats = npt.NDArray[np.float32]
 
@@ -87,29 +91,20 @@ class Executor:
         Raises ArgumentError for token ids out of range, too many rows or a full context, StepStopped after `stop`, and
         lets KeyboardInterrupt through; then no sequence has changed.
         """
-        n_row = sum(len(r.token_ids) for r in rows)
+        n_row = 0
+        parts: list[Part] = []
+        for r in rows:
+            position, n = r.sequence.length, len(r.token_ids)
+            if position + n > self.max_seq_len:
+                raise ArgumentError(f"token_ids: {position + n} positions, but the context has {self.max_seq_len}")
+            parts.append((r.token_ids, r.sequence.table, position, r.n_logits))
+            n_row += n
         if n_row > self.max_rows:
             raise ArgumentError(f"rows: expected at most {self.max_rows} in one step, got {n_row}")
-        spans = np.empty((len(rows), 3), np.int64)
-        picked: list[int] = []
-        end = 0
-        for i, r in enumerate(rows):
-            n = len(r.token_ids)
-            if r.sequence.length + n > self.max_seq_len:
-                raise ArgumentError(
-                    f"token_ids: {r.sequence.length + n} positions, but the context has {self.max_seq_len}"
-                )
-            spans[i] = end, n, r.sequence.length
-            end += n
-            picked.extend(range(end - r.n_logits, end))
-        token_ids = (
-            np.concatenate([r.token_ids for r in rows]).astype(np.int32, copy=False) if rows else np.empty(0, np.int32)
-        )
         with self._lock:
             for r in rows:
                 r.sequence.reserve(len(r.token_ids))
-            tables = [r.sequence.table for r in rows]
-            logits: Floats = self._engine.step(token_ids, spans, tables, np.array(picked, np.int32))
+            logits = self._engine.step(parts)
             for r in rows:
                 r.sequence.extend(r.token_ids, r.n_draft)
             return logits

@@ -122,10 +122,10 @@ class Sequence:
     def reserve(self, n: int, within: bool = False) -> None:
         """Makes the next n positions writable; `within` the pool's capacity, or `NoPages` is raised."""
         with self.pool.lock:
-            last = self.length // PAGE
-            if self.length % PAGE and (self.pages[last].n_holder > 1 or self.pages[last].digest):
+            last, filled = divmod(len(self.token_ids), PAGE)
+            if filled and (self.pages[last].n_holder > 1 or self.pages[last].digest):
                 self._replace(last, within)
-            while len(self.pages) * PAGE < self.length + n:
+            while len(self.pages) * PAGE < last * PAGE + filled + n:
                 self._append(self.pool.take(within))
 
     def extend(self, token_ids: NDArray[np.int32], n_draft: int = 0) -> None:

@@ -264,42 +264,51 @@ cdef class Engine:
                                                   if self.ops[i].narrow_qkv]), BFLOAT16)
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
 
-    def step(self, const int32_t[::1] token_ids, spans, tables, const int32_t[::1] picked):
-        """Runs the plan over the rows of `token_ids`; returns the logits of the rows `picked`, float32 [n_picked, vocab_size].
+    def step(self, list parts):
+        """Runs the plan over the rows of some sequences; returns the logits of those that want them, float32 [n, vocab_size].
 
-        spans is int64 [n_sequences, 3]: first row, number of rows, position of the first. tables holds for each the addresses
-        of its KV pages (uintp). Keys and values are stored, the caller keeps count.
+        A part is (token_ids, pages, position, n_logits): int32 [n]; the addresses of the sequence's KV pages, uintp; the position
+        of the first token; how many of the last rows want logits. Keys and values are stored, the caller keeps count.
         Raises what a signal's handler raises (KeyboardInterrupt), and StepStopped after `stop`; it can then be done again.
         """
-        cdef const int64_t[:, ::1] span = spans
-        cdef int64_t n_segment = span.shape[0], i, row = 0
-        cdef uintptr_t[::1] table
-        cdef Block memory = Block(n_segment * sizeof(Segment), "step")
+        cdef int64_t n_segment = len(parts), n_row = 0, n_picked = 0, i, j, n, position, n_logits
+        for part in parts:
+            n_row += len(part[0])
+            n_picked += part[3]
+        cdef Block memory = Block(n_segment * sizeof(Segment) + (n_row + n_picked) * sizeof(int32_t), "step")
         cdef Segment *segments = <Segment *>memory.data
-        for i in range(token_ids.shape[0]):
-            if not 0 <= token_ids[i] < self.vocab_size:
-                raise ArgumentError(f"token id: expected 0..{self.vocab_size - 1}, got {token_ids[i]}")
+        cdef int32_t *token_ids = <int32_t *>(segments + n_segment)
+        cdef int32_t *picked = token_ids + n_row
+        cdef const int32_t[::1] ids
+        cdef const uintptr_t[::1] pages
+        n_row = n_picked = 0
         for i in range(n_segment):
-            table = tables[i]
-            segments[i].row, segments[i].n_row, segments[i].position = span[i, 0], span[i, 1], span[i, 2]
-            if segments[i].row != row or segments[i].n_row < 1 or segments[i].position < 0:
-                raise ArgumentError(f"spans: expected rows from {row} on, got {segments[i].row}, {segments[i].n_row}")
-            row += segments[i].n_row
-            if segments[i].position + segments[i].n_row > min(self.max_seq_len, table.shape[0] * PE_PAGE):
+            ids, pages, position, n_logits = parts[i]
+            n = ids.shape[0]
+            if n < 1 or not 0 <= n_logits <= n:
+                raise ArgumentError(f"rows: expected at least one and logits of as many at most, got {n} and {n_logits}")
+            if not 0 <= position <= min(self.max_seq_len, pages.shape[0] * PE_PAGE) - n:
                 raise ArgumentError(f"position: expected less than {self.max_seq_len} and a page for each")
-            segments[i].pages = <void **>&table[0]
-        if row != token_ids.shape[0]:
-            raise ArgumentError(f"token_ids: expected {row} rows, got {token_ids.shape[0]}")
-        for i in range(picked.shape[0]):
-            if not 0 <= picked[i] < row:
-                raise ArgumentError(f"picked: expected rows 0..{row - 1}, got {picked[i]}")
+            for j in range(n):
+                if not 0 <= ids[j] < self.vocab_size:
+                    raise ArgumentError(f"token id: expected 0..{self.vocab_size - 1}, got {ids[j]}")
+                token_ids[n_row + j] = ids[j]
+            segments[i].row, segments[i].n_row, segments[i].position = n_row, n, position
+            segments[i].pages = <void **>&pages[0]
+            n_row += n
+            for j in range(n_logits):
+                picked[n_picked + j] = n_row - n_logits + j
+            n_picked += n_logits
         cdef Buffer *last = &self.buffers[self.ops[self.n_op - 1].out]
-        logits = self._room_for_logits(picked.shape[0], last.stride)
+        logits = self._room_for_logits(n_picked, last.stride)
         cdef float[:, ::1] view = logits
-        if row:
-            self._reserve(row, picked.shape[0])
-            last.data = &view[0, 0] if picked.shape[0] else NULL
-            self._run(token_ids, segments, n_segment, picked)
+        cdef Step step
+        if n_row:
+            self._reserve(n_row, n_picked)
+            last.data = &view[0, 0] if n_picked else NULL
+            step.token_ids, step.picked, step.segments = token_ids, picked, segments
+            step.n_row, step.n_picked, step.n_segment = n_row, n_picked, n_segment
+            self._run(&step)
         return logits[:, : last.width]
 
     cdef object _room_for_logits(self, int64_t n, int64_t width):
@@ -312,15 +321,9 @@ cdef class Engine:
             self.spare_logits = [*self.spare_logits, array][len(self.spare_logits) // 2 :]  # two at most
         return array
 
-    cdef int _run(self, const int32_t[::1] token_ids, const Segment *segments, int64_t n_segment,
-                  const int32_t[::1] picked) except -1:
-        cdef Step step
-        step.engine = <void *>self
-        step.token_ids, step.n_row = &token_ids[0], token_ids.shape[0]
-        step.segments, step.n_segment = segments, n_segment
-        step.picked, step.n_picked = &picked[0] if picked.shape[0] else NULL, picked.shape[0]
-        step.asked, step.interrupted = now(), False
-        run(self.n_threads, 2 * self.n_op, run_body, &step)
+    cdef int _run(self, Step *step) except -1:
+        step.engine, step.asked, step.interrupted = <void *>self, now(), False
+        run(self.n_threads, 2 * self.n_op, run_body, step)
         if step.interrupted:
             return -1  # the exception is the one that the signal's handler raised
         if self.stopping:
