@@ -67,6 +67,8 @@ class StopMatcher:
         """The text that is certain now; nothing after a stop string."""
         if self.stopped:
             return ""
+        if not self.stops:
+            return text
         text = self.held + text
         ends = [end for end in map(text.find, self.stops) if end >= 0]
         if ends:

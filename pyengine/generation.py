@@ -143,7 +143,7 @@ class Sample:
             full = certain + n_accepted == (window.size if window else max_seq_len)
             piece = self.advance(row, full and not window)
             yield piece
-            if self.finished or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
+            if piece.finish_reason or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
                 break
         self.sampler.drawn.clear()  # for what was guessed wrongly
         if self.proposer and ran.n_draft:
@@ -151,7 +151,7 @@ class Sample:
             self.proposer.observe(ran.n_draft, n_accepted)
             self.n_proposed += ran.n_draft
             self.n_accepted += n_accepted
-        if self.finished:
+        if piece.finish_reason:
             self.close()
         elif full:  # the window moves on
             self.sequence.close()
@@ -229,23 +229,21 @@ class Generation(Task):
         self.job = job
         sampler = job.sampler(works[0] if works else Workspace(executor.vocab_size))
         self.samples = [Sample(job, sequence or executor.new_sequence(), sampler, self.called)]
+        self.unfinished = self.samples[:]
 
     def start(self) -> None:
-        for sample in self._unfinished():
+        for sample in self.unfinished:
             sample.restart()
         if not self.samples[0].pieces:
             self.samples[0].started = time.perf_counter()
 
-    def _unfinished(self) -> Iterator[Sample]:
-        return (sample for sample in self.samples if not sample.finished)
-
     @property
     def n_pending(self) -> int:
-        return sum(len(sample.pending) for sample in self._unfinished())
+        return sum([len(sample.pending) for sample in self.unfinished])
 
     @property
     def decoding(self) -> bool:
-        return bool(self.samples[0].pieces) and all(len(sample.pending) == 1 for sample in self._unfinished())
+        return bool(self.samples[0].pieces) and self.n_pending == len(self.unfinished)
 
     @property
     def n_page_most(self) -> int:
@@ -253,7 +251,7 @@ class Generation(Task):
 
     def plan(self, n: int) -> list[Rows]:
         planned = []
-        for sample in self._unfinished():
+        for sample in self.unfinished:
             if n:
                 planned.append(sample.rows(n))
                 n -= len(planned[-1].token_ids)
@@ -261,25 +259,25 @@ class Generation(Task):
 
     @property
     def drafts(self) -> bool:
-        return self.job.speculation is not None and any(sample.guesses for sample in self._unfinished())
+        return self.job.speculation is not None and any(sample.guesses for sample in self.unfinished)
 
     def draft(self, rows: list[Rows], n: int, n_row: int) -> int:
         n_left = n
-        for sample, row in zip(self._unfinished(), rows, strict=True):
+        for sample, row in zip(self.unfinished, rows, strict=True):
             n_useful = self.n_position - sample.sequence.length - 1
             n_left -= sample.draft(row, n_useful if n_useful < n_left else n_left, n_row)
         return n - n_left
 
     def samplers(self, rows: list[Rows], logits: Floats) -> Iterator[tuple[Sampler, Floats]]:
         first = 0
-        for sample, ran in zip(self._unfinished(), rows, strict=False):
+        for sample, ran in zip(self.unfinished, rows, strict=False):
             if ran.n_logits:
                 yield sample.sampler, logits[first : first + ran.n_logits]
             first += ran.n_logits
 
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         first = 0
-        for sample, ran in zip(list(self._unfinished()), rows, strict=False):
+        for sample, ran in zip(self.unfinished, rows, strict=False):
             sample.pending = sample.pending[len(ran.token_ids) - ran.n_draft :]
             if not ran.n_logits:
                 continue
@@ -290,6 +288,7 @@ class Generation(Task):
             else:
                 self._verify(sample, ran, logits[first : first + ran.n_logits])
             first += ran.n_logits
+        self.unfinished = [sample for sample in self.samples if not sample.finished]
 
     def _verify(self, sample: Sample, ran: Rows, logits: Floats) -> None:
         for piece in sample.verify(ran, logits, self.executor.max_seq_len):
@@ -298,7 +297,7 @@ class Generation(Task):
 
     @property
     def finished(self) -> bool:
-        return all(sample.finished for sample in self.samples)
+        return not self.unfinished
 
     def pause(self) -> None:
         for sample in self.samples:

@@ -126,6 +126,8 @@ class Sampler:
         self.sample_index = sample_index
         self.drawn: list[Drawn] = []  # what `draw_ahead` has found for the next tokens
         self.seed = params.choose_seed()
+        self.filters = params.temperature, params.top_k, params.top_p, params.min_p
+        self.samples = params.samples
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
@@ -154,11 +156,9 @@ class Sampler:
 
     def wish(self, position: int, attempts: range) -> Wish:
         """What `draw_rows` is asked for at a position of the text."""
-        params = self.params
-        if not params.samples:
+        if not self.samples:
             return LARGEST
-        numbers = tuple([uniform(self.seed, self.sample_index, position, attempt) for attempt in attempts])
-        return params.temperature, params.top_k, params.top_p, params.min_p, numbers
+        return *self.filters, tuple([uniform(self.seed, self.sample_index, position, attempt) for attempt in attempts])
 
 
 class Row(NamedTuple):
@@ -237,15 +237,13 @@ def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.flo
     Left out are those whose rows have to be adjusted first, and those of guesses under a constraint, which depend on
     each other.
     """
-    if sum([len(logits) for _, logits in asked]) < 2:
-        return  # `sample` is as fast
     rows: list[Row] = []
     for sampler, logits in asked:
         adjustments = sampler.adjustments
         if not (adjustments.any or (adjustments.constraint and len(logits) > 1)):
             first = len(adjustments.generated)
             rows += [Row(sampler, row, first + i, adjustments.constraint) for i, row in enumerate(logits)]
-    if rows:
+    if len(rows) > 1:
         for row, found in zip(rows, draw(works, rows), strict=True):
             row.sampler.drawn.append(found)
 
@@ -254,8 +252,9 @@ def token_logprob(
     work: Workspace, logits: NDArray[np.float32], total: float, token_id: int, n_top: int
 ) -> TokenLogprob:
     """The log-probability of a token and of the `n_top` most probable ones; `total` is the logits' logsumexp."""
-    token_ids, values = work.top(logits, n_top) if n_top else ((), ())
-    top = [(int(i), float(value) - total) for i, value in zip(token_ids, values, strict=True)]
+    top: list[tuple[int, float]] = []
+    if n_top:
+        top = [(int(i), float(value) - total) for i, value in zip(*work.top(logits, n_top), strict=True)]
     return TokenLogprob(token_id, float(logits[token_id]) - total, top)
 
 

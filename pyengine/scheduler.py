@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +111,7 @@ class Task(ABC):
             on_end()
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """A task's part of a step."""
 
     task: Task
@@ -121,7 +121,7 @@ class Planned:
     @property
     def n_logits(self) -> int:
         """Rows of logits that it wants."""
-        return sum(rows.n_logits for rows in self.rows)
+        return sum([rows.n_logits for rows in self.rows])
 
 
 class Scheduler:
@@ -233,7 +233,7 @@ class Scheduler:
         prompts: list[Task] = []
         for task in self.live:
             (decoding if task.decoding else prompts).append(task)
-        n_place = sum(task.n_place for task in decoding)
+        n_place = sum([task.n_place for task in decoding])
         plan = []
         n_left = self.executor.max_rows
         for task in decoding:
@@ -262,9 +262,11 @@ class Scheduler:
         return [part for part in plan if not part.task.ended]
 
     def _make_room(self, plan: list[Planned]) -> list[Planned]:
-        """Reserves the pages of a step. Where there are none, the youngest task pauses; the oldest never has to."""
-        age = {id(task): i for i, task in enumerate(self.live)}
-        for part in sorted(plan, key=lambda part: age[id(part.task)]):
+        """Reserves the pages of a step. Where there are none, the youngest task pauses; the oldest never has to.
+
+        The order is that of the plan: in any, the oldest tasks are left, as many as there are pages for.
+        """
+        for part in plan:
             while part.task in self.live and not self._reserved(part):
                 self._pause(self.live[-1])
         return [part for part in plan if part.task in self.live]
@@ -293,9 +295,11 @@ class Scheduler:
         first = 0
         parts: list[tuple[Planned, Floats]] = []
         for part in plan:
-            parts.append((part, logits[first : first + part.n_logits]))
-            first += part.n_logits
-        draw_ahead(self.works, [one for part, its in parts for one in part.task.samplers(part.rows, its)])
+            end = first + part.n_logits
+            parts.append((part, logits[first:end]))
+            first = end
+        if len(logits) > 1:  # one row `Sampler.sample` draws as fast
+            draw_ahead(self.works, [one for part, its in parts for one in part.task.samplers(part.rows, its)])
         for part, its in parts:
             try:
                 part.task.advance(part.rows, its)

@@ -47,6 +47,7 @@ class Tokenizer:
         self._lock = threading.Lock()  # the library keeps what to do with special tokens as a state
         self.special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = vocab_size  # the model's: ids that it has beyond the tokenizer's stand for no text
+        self._spelled: dict[int, bytes] = {}  # what tokens stand for that have come up
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int) -> Tokenizer | None:
@@ -123,13 +124,21 @@ class Tokenizer:
             raise ArgumentTypeError(f"token id: expected an integer, got {token_id}")
         if not 0 <= index < self.vocab_size:
             raise ArgumentError(f"token id: expected 0 to {self.vocab_size - 1}, got {show(index)}")
-        token = self._backend.id_to_token(index)
-        if token is None or (skip_special_tokens and index in self.special_ids):
+        if skip_special_tokens and index in self.special_ids:
             return b""
-        try:
-            return bytes([_BYTE_OF[char] for char in token])
-        except KeyError:  # an added token, spelled as it is
-            return token.encode("utf-8")
+        if index not in self._spelled:
+            self._spelled[index] = _spelling(self._backend.id_to_token(index))
+        return self._spelled[index]
+
+
+def _spelling(token: str | None) -> bytes:
+    """The bytes of a token as the vocabulary writes it."""
+    if token is None:
+        return b""
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError:  # an added token, spelled as it is
+        return token.encode("utf-8")
 
 
 class TokenStream:
