@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Protocol
@@ -136,13 +136,16 @@ class Sample:
         rows.n_logits += len(guesses)
         return len(guesses)
 
-    def verify(self, ran: Rows, logits: Floats, max_seq_len: int) -> Iterator[Piece]:
+    def verify(
+        self, ran: Rows, logits: Floats, max_seq_len: int, on_piece: Callable[[Piece], None] | None
+    ) -> None:
         """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed."""
         certain, window = self.sequence.length - ran.n_draft, self.job.window
         for n_accepted, row in enumerate(logits):
             full = certain + n_accepted == (window.size if window else max_seq_len)
             piece = self.advance(row, full and not window)
-            yield piece
+            if on_piece:
+                on_piece(piece)
             if piece.finish_reason or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
                 break
         self.sampler.drawn.clear()  # for what was guessed wrongly
@@ -278,22 +281,16 @@ class Generation(Task):
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         first = 0
         for sample, ran in zip(self.unfinished, rows, strict=False):
-            sample.pending = sample.pending[len(ran.token_ids) - ran.n_draft :]
             if not ran.n_logits:
+                sample.pending = sample.pending[len(ran.token_ids) :]
                 continue
             if not sample.pieces:
                 self.samples += [sample.fork(i) for i in range(1, self.n_place)]
-                for one in self.samples:
-                    self._verify(one, ran, logits[first : first + 1])
-            else:
-                self._verify(sample, ran, logits[first : first + ran.n_logits])
+            for one in [sample] if sample.pieces else self.samples:
+                on_piece = self.on_piece if one is self.samples[0] else None
+                one.verify(ran, logits[first : first + ran.n_logits], self.executor.max_seq_len, on_piece)
             first += ran.n_logits
         self.unfinished = [sample for sample in self.samples if not sample.finished]
-
-    def _verify(self, sample: Sample, ran: Rows, logits: Floats) -> None:
-        for piece in sample.verify(ran, logits, self.executor.max_seq_len):
-            if self.on_piece and sample is self.samples[0]:
-                self.on_piece(piece)
 
     @property
     def finished(self) -> bool:

@@ -233,12 +233,10 @@ class Scheduler:
         prompts: list[Task] = []
         for task in self.live:
             (decoding if task.decoding else prompts).append(task)
-        n_place = sum([task.n_place for task in decoding])
         plan = []
-        n_left = self.executor.max_rows
+        n_left = self.executor.max_rows  # as many as there are places in the batch, at least
         for task in decoding:
-            rows = task.plan(n_left - n_place + task.n_place)
-            n_place -= task.n_place
+            rows = task.plan(n_left)
             n_left -= count(rows)
             plan.append(Planned(task, rows, True))
         if decoding:
