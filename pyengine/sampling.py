@@ -235,7 +235,7 @@ def draw_ahead(works: list[Workspace], asked: list[tuple[Sampler, NDArray[np.flo
     """Draws for many samplers at once, given logits of the next tokens of each, [n, vocab_size]; `sample` takes them.
 
     Left out are those whose rows have to be adjusted first, and those of guesses under a constraint, which depend on
-    each other.
+    each other; also a row that is left alone: `sample` is as fast.
     """
     rows: list[Row] = []
     for sampler, logits in asked:

@@ -296,7 +296,7 @@ class Scheduler:
             end = first + part.n_logits
             parts.append((part, logits[first:end]))
             first = end
-        if len(logits) > 1:  # one row `Sampler.sample` draws as fast
+        if len(logits) > 1:  # or else nothing is there to be drawn side by side
             draw_ahead(self.works, [one for part, its in parts for one in part.task.samplers(part.rows, its)])
         for part, its in parts:
             try:
