@@ -34,40 +34,55 @@ PE_INLINE void ask(int rows, const void *next, const char *line)
         PE_PREFETCH_FAR(line);
 }
 
-/* Adds the next value of k to the sums of all rows but the first `skip`. Every third row has a pointer, as in group_q8: one for
- * each row would not fit the registers. */
-PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4], int64_t stride, const float *from,
-                       int64_t panel_stride, const void *next, const char *line, vf acc[12][4])
+/* How many values of k a tile adds between two steps of its pointers: where a row takes few instructions, those would be many
+ * beside it. */
+#ifndef PE_F32_UNROLL
+#define PE_F32_UNROLL 1
+#endif
+#ifndef vf_mad_to
+#define vf_mad_to(acc, a, b) (*(acc) = vf_mad(a, b, *(acc)))
+#endif
+
+/* Moves the pointers to rows on by n values of k. Every third row has one, as in group_q8: one for each would not fit the
+ * registers. */
+PE_INLINE void step_f32(int rows, const float *third[4], int n)
+{
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3) {
+        third[r / 3] += n;
+        PE_HIDE(third[r / 3]);
+    }
+}
+
+/* Adds the value of k that lies `back` before the pointers to the sums of all rows but the first `skip`. */
+PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4], int64_t *stride, int back, const float *from,
+                       int64_t panel_stride, vf acc[12][4])
 {
     vf column[4];
     PE_UNROLL
-    for (int p = 0; p < panels; p++) {
+    for (int p = 0; p < panels; p++)
         column[p] = vf_load(from + p * panel_stride);
-        ask(rows, next, line + p * panel_stride * (int64_t)sizeof(float));
-    }
+    PE_HIDE(*stride); /* so that its multiples stay parts of addresses */
     PE_UNROLL
     for (int r = 0; r < rows; r++) {
         if (r < skip)
             continue;
-        vf value = vf_set(third[r / 3][r % 3 * stride]);
+        vf value = vf_set(third[r / 3][r % 3 * *stride - back]);
         PE_PIN(value);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            acc[r][p] = vf_mad(value, column[p], acc[r][p]);
-    }
-    PE_UNROLL
-    for (int r = 0; r < rows; r += 3) {
-        third[r / 3]++;
-        PE_HIDE(third[r / 3]);
+            vf_mad_to(&acc[r][p], value, column[p]);
     }
 }
 
 PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
                         pe_ahead ahead)
 {
-    const int64_t stride = x->stride, panel_stride = w->k * PE_LANES;
+    enum { UNROLL = PE_F32_UNROLL };
+    const int64_t panel_stride = w->k * PE_LANES, panel_bytes = f32_panel_bytes(w);
+    int64_t stride = x->stride;
     const float *from = w->panels + panel * panel_stride, *third[4];
-    const char *line = first_line(rows, w->next, panel * f32_panel_bytes(w), (const char *)from, &ahead);
+    const char *line = first_line(rows, w->next, panel * panel_bytes, (const char *)from, &ahead);
     vf acc[12][4];
     prefetch_tile(rows, panels, out);
     PE_UNROLL
@@ -82,10 +97,25 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
             else
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
-    for (int64_t i = 0; i < x->k; i++, from += PE_LANES, line += ahead.pace)
-        add_f32(rows, panels, 0, third, stride, from, panel_stride, w->next, line, acc);
-    for (int64_t i = 1; i <= x->step * (rows - 1); i++, from += PE_LANES)
-        add_f32(rows, panels, i, third, stride, from, panel_stride, w->next, line, acc);
+    int64_t left = x->k;
+    for (; left >= UNROLL; left -= UNROLL, from += UNROLL * PE_LANES, line += UNROLL * ahead.pace) {
+        step_f32(rows, third, UNROLL);
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            ask(rows, w->next, line + p * panel_bytes);
+        if (UNROLL > 1 && ahead.pace > 64 / UNROLL) /* else it is the same line */
+            PE_UNROLL
+            for (int i = panels; i < UNROLL * panels; i++)
+                ask(rows, w->next, line + i % panels * panel_bytes + i / panels * ahead.pace);
+        PE_UNROLL
+        for (int i = 0; i < UNROLL; i++)
+            add_f32(rows, panels, 0, third, &stride, UNROLL - i, from + i * PE_LANES, panel_stride, acc);
+    }
+    const int64_t end = left + x->step * (rows - 1);
+    for (int64_t i = 0; i < end; i++, from += PE_LANES) {
+        step_f32(rows, third, 1);
+        add_f32(rows, panels, i < left ? 0 : i - left + 1, third, &stride, 1, from, panel_stride, acc);
+    }
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
@@ -129,6 +159,12 @@ PE_INLINE vf decayed(vf a, float decay)
     return vf_select(vf_lt(size, vf_set(0x1p-80f)), vf_set(0.0f), y);
 }
 
+/* What a sum starts with. */
+PE_INLINE vf first_sum_bf16(const rows_bf16 *x, const pe_output *out, int64_t r, int64_t p)
+{
+    return x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
+}
+
 /* Two values along k, as vdpbf16ps takes them; where there is no such instruction, what it does, by FMA. */
 #ifndef PE_BF16_DOT
 typedef struct { vf even, odd; } vb;
@@ -156,7 +192,7 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            acc[r][p] = x->decay ? decayed(vf_load(out->out + r * out->out_stride + p * PE_LANES), x->decay[r]) : vf_set(0.0f);
+            acc[r][p] = first_sum_bf16(x, out, r, p);
     const int64_t stride = x->stride;
     const uint16_t *third[4]; /* as in group_q8 */
     PE_UNROLL
@@ -193,11 +229,18 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
 
 PE_MATMUL(bf16, BF16, rows_bf16, pe_weights_bf16)
 
+#ifdef PE_WIDE_BF16
+#include "tiles_wide_bf16.inc.h"
+#define PE_BF16_BY_ROWS (n_row < PE_WIDE_BF16 ? panels_bf16 : many_bf16)
+#else
+#define PE_BF16_BY_ROWS panels_bf16
+#endif
+
 static void matmul_bf16(const uint16_t *x, int64_t x_stride, int64_t n_row, const pe_weights_bf16 *w, int64_t panel,
                         int64_t n_panel, const pe_output *out)
 {
     const rows_bf16 rows = {x, 0, x_stride, w->k};
-    panels_bf16(&rows, n_row, w, panel, n_panel, out);
+    PE_BF16_BY_ROWS(&rows, n_row, w, panel, n_panel, out);
 }
 
 static void accumulate_bf16(const uint16_t *x, int64_t x_stride, int64_t n_row, int64_t k, const pe_weights_bf16 *w,
@@ -205,5 +248,5 @@ static void accumulate_bf16(const uint16_t *x, int64_t x_stride, int64_t n_row, 
 {
     const rows_bf16 rows = {x, decay, x_stride, k};
     const pe_output to = {.out = out, .out_stride = out_stride};
-    panels_bf16(&rows, n_row, w, 0, n_panel, &to);
+    PE_BF16_BY_ROWS(&rows, n_row, w, 0, n_panel, &to);
 }

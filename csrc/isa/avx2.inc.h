@@ -127,6 +127,17 @@ PE_INLINE void add_to(__m256i *acc, __m256i a)
 }
 #define PE_PIN(v) ((void)0)
 
+/* The same of a multiply-add, of which gcc would overwrite a factor instead. */
+#if !PE_MSVC
+PE_INLINE void mad_to(__m256 *acc, __m256 a, __m256 b) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(*acc) : "x"(a), "x"(b)); }
+PE_INLINE void vf_mad_to(vf *acc, vf a, vf b)
+{
+    mad_to(&acc->l, a.l, b.l);
+    mad_to(&acc->h, a.h, b.h);
+}
+#define vf_mad_to vf_mad_to
+#endif
+
 /* 64 bytes as 2 x 64 values of a table of 16. */
 PE_INLINE void nibbles(const uint8_t *p, const int8_t *table, vi *low, vi *high)
 {
@@ -143,7 +154,9 @@ PE_INLINE void nibbles(const uint8_t *p, const int8_t *table, vi *low, vi *high)
 #define PE_F32_ROWS_2 3
 #define PE_F32_ROWS_4 1
 #define PE_F32_MANY 1
+#define PE_F32_UNROLL 4
 #define PE_BF16_ROWS_1 4
 #define PE_BF16_ROWS_2 1
 #define PE_BF16_ROWS_4 1
 #define PE_BF16_MANY 1
+#define PE_WIDE_BF16 12
