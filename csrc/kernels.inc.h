@@ -32,7 +32,7 @@
  *                     a level defines it
  * PE_F32_ROWS_1 2 4   the most rows of a float32 tile 1, 2, 4 panels wide; PE_F32_MANY the width for many rows; PE_BF16_,
  *                     PE_Q8_ and PE_Q4_ likewise
- * PE_F32_UNROLL       how many values of k a float32 tile adds between two steps of its pointers; 1 if not defined
+ * PE_F32_UNROLL       how many values of k a float32 tile of many rows adds between two steps of its pointers; 1 if not defined
  * PE_WIDE_BF16        the fewest rows of a product of tiles_wide_bf16.inc.h, where a level has those
  * PE_Q8_STREAM        up to how many rows int8 goes panel by panel; 12 if not defined
  * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them; 0 if not defined */

@@ -34,8 +34,9 @@ PE_INLINE void ask(int rows, const void *next, const char *line)
         PE_PREFETCH_FAR(line);
 }
 
-/* How many values of k a tile adds between two steps of its pointers: where a row takes few instructions, those would be many
- * beside it. */
+/* How many values of k a tile of many rows adds between two steps of its pointers: where a row takes few instructions, those would
+ * be many beside it. With up to BY_MEMORY rows a tile waits for memory, which is best asked for a line of each panel at a time. */
+enum { BY_MEMORY = 3 };
 #ifndef PE_F32_UNROLL
 #define PE_F32_UNROLL 1
 #endif
@@ -71,14 +72,17 @@ PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4]
         PE_PIN(value);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            vf_mad_to(&acc[r][p], value, column[p]);
+            if (rows > BY_MEMORY)
+                vf_mad_to(&acc[r][p], value, column[p]);
+            else
+                acc[r][p] = vf_mad(value, column[p], acc[r][p]);
     }
 }
 
 PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
                         pe_ahead ahead)
 {
-    enum { UNROLL = PE_F32_UNROLL };
+    const int unroll = rows > BY_MEMORY ? PE_F32_UNROLL : 1;
     const int64_t panel_stride = w->k * PE_LANES, panel_bytes = f32_panel_bytes(w);
     int64_t stride = x->stride;
     const float *from = w->panels + panel * panel_stride, *third[4];
@@ -98,18 +102,18 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
                 acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
         }
     int64_t left = x->k;
-    for (; left >= UNROLL; left -= UNROLL, from += UNROLL * PE_LANES, line += UNROLL * ahead.pace) {
-        step_f32(rows, third, UNROLL);
+    for (; left >= unroll; left -= unroll, from += unroll * PE_LANES, line += unroll * ahead.pace) {
+        step_f32(rows, third, unroll);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             ask(rows, w->next, line + p * panel_bytes);
-        if (UNROLL > 1 && ahead.pace > 64 / UNROLL) /* else it is the same line */
+        if (unroll > 1 && ahead.pace > 64 / unroll) /* else it is the same line */
             PE_UNROLL
-            for (int i = panels; i < UNROLL * panels; i++)
+            for (int i = panels; i < unroll * panels; i++)
                 ask(rows, w->next, line + i % panels * panel_bytes + i / panels * ahead.pace);
         PE_UNROLL
-        for (int i = 0; i < UNROLL; i++)
-            add_f32(rows, panels, 0, third, &stride, UNROLL - i, from + i * PE_LANES, panel_stride, acc);
+        for (int i = 0; i < unroll; i++)
+            add_f32(rows, panels, 0, third, &stride, unroll - i, from + i * PE_LANES, panel_stride, acc);
     }
     const int64_t end = left + x->step * (rows - 1);
     for (int64_t i = 0; i < end; i++, from += PE_LANES) {
