@@ -6,17 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ._native import simd
 from .plan import Attend, Embed, MatrixSpec, Plan
 
 # PE_GROUP, PE_Q4_GROUP and PE_LANES of csrc/kernels.h
 GROUP = 128  # values of an int8 weight's column that share a column sum
 Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
-# Rough speeds of two cores, by which `step_seconds` and `row_seconds` are weighed against each other
+# Rough speeds of two cores, by which `step_seconds` and `row_seconds` are weighed against each other. Those of products
+# of a few rows, in operations a second, by the SIMD level; NEON and portable C are taken for the last.
+OPERATIONS = {
+    "avx512": {"float32": 0.5e12, "bfloat16": 1.0e12, "int8": 1.6e12, "int4": 1.2e12},
+    "avx2_vnni": {"float32": 0.15e12, "bfloat16": 0.1e12, "int8": 0.5e12, "int4": 0.4e12},
+    "": {"float32": 0.15e12, "bfloat16": 0.1e12, "int8": 0.17e12, "int4": 0.13e12},
+}
 MEMORY_SPEED = 40e9  # bytes read in a second
 CACHE_SPEED = 80e9  # from caches, which a model of CACHE_BYTES fits into
 CACHE_BYTES = 32e6
-OPERATIONS = {"float32": 0.5e12, "bfloat16": 1.0e12, "int8": 1.6e12, "int4": 1.2e12}  # of products, in a second
 OVERHEAD = 50e-6  # seconds of a step, whatever the model
 ROW_OVERHEAD = 4e-6  # of a row
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
@@ -33,7 +39,7 @@ class Cost:
     block_flops: int  # of the matrix products for a token, without the head; multiplication and addition count each
     head_flops: int  # of the head, for a token whose logits are wanted
     attention_flops_per_position: int  # for a token, times the positions that it looks at
-    step_seconds: float  # of a step of one row, about, on the machine that the README tells of: to weigh things up
+    step_seconds: float  # of a step of one row, about: to weigh things up
     cold_seconds: float  # of such a step where another model's weights have taken the caches meanwhile
     row_seconds: float  # of each further row, while they are few
 
@@ -71,8 +77,11 @@ def kv_bytes(op: Attend, dtype: str) -> int:
     return op.n_kv_head * (KV_BYTES[dtype] * (key_width + _whole(op.head_dim, LANES)) + scales)
 
 
-def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
-    """The cost of a plan whose matrices are kept as `dtype` (see matrix_dtypes), keys and values as `kv_dtype`."""
+def cost(plan: Plan, dtype: str, kv_dtype: str, level: str | None = None) -> Cost:
+    """The cost of a plan whose matrices are kept as `dtype` (see matrix_dtypes), keys and values as `kv_dtype`.
+
+    Its seconds are of a SIMD level, by default the one in use.
+    """
     dtypes = matrix_dtypes(plan, dtype)
     memory = {name: matrix_bytes(spec, dtypes[name]) for name, spec in plan.matrices.items()}
     size = {name: spec.n_out * spec.n_in for name, spec in plan.matrices.items()}
@@ -83,6 +92,9 @@ def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
     flops = sum(2 * size[op.weight] for op in plan.linears())
     attend = [op for op in plan.ops if isinstance(op, Attend)]
     decode_bytes = sum(n for name, n in memory.items() if name not in only_looked_up)
+    speeds = next(its for name, its in OPERATIONS.items() if (level or simd.active()).startswith(name))
+    row_seconds = ROW_OVERHEAD + flops / speeds[dtype]
+    in_caches = decode_bytes <= CACHE_BYTES
     return Cost(
         n_parameter=sum(size.values()) + vectors,
         weight_bytes=sum(memory.values()) + 4 * vectors,
@@ -91,9 +103,9 @@ def cost(plan: Plan, dtype: str, kv_dtype: str) -> Cost:
         block_flops=flops - head,
         head_flops=head,
         attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
-        step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if decode_bytes <= CACHE_BYTES else MEMORY_SPEED),
-        cold_seconds=OVERHEAD + decode_bytes / MEMORY_SPEED,
-        row_seconds=ROW_OVERHEAD + flops / OPERATIONS[dtype],
+        step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if in_caches else MEMORY_SPEED) + row_seconds,
+        cold_seconds=OVERHEAD + decode_bytes / MEMORY_SPEED + row_seconds,
+        row_seconds=row_seconds,
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from checkpoints import CONFIG, bound, write_checkpoint
 
+from pyengine._native import simd
 from pyengine._native.matmul import DTYPES, PackedMatrix
 from pyengine._native.pages import KV_DTYPES, KVLayout
 from pyengine.architectures import gpt2
 from pyengine.checkpoint import Checkpoint
-from pyengine.cost import cost, matrix_bytes
+from pyengine.cost import Cost, cost, matrix_bytes
 from pyengine.equalize import equalize
 from pyengine.loading import plan_of
 from pyengine.plan import MatrixSpec
@@ -69,12 +70,26 @@ def test_bundled_model() -> None:
 
 def test_what_a_row_adds_to_a_step() -> None:
     """What speculation goes by: a row costs much less than a step where weights come from memory, less so in caches."""
-    demo = cost(plan_of("demo"), "int8", "bfloat16")
     config = CONFIG | {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
-    large = {dtype: cost(gpt2.plan(config), dtype, "bfloat16") for dtype in DTYPES}
+
+    def both(level: str) -> tuple[Cost, dict[str, Cost]]:
+        large = {dtype: cost(gpt2.plan(config), dtype, "bfloat16", level) for dtype in DTYPES}
+        return cost(plan_of("demo"), "int8", "bfloat16", level), large
+
+    demo, large = both("avx512_vnni")
     shares = {dtype: one.row_seconds / one.step_seconds for dtype, one in large.items()}
     assert all(0.02 < share < 0.12 for share in shares.values())
     assert 0.06 < demo.row_seconds / demo.step_seconds < 0.15
     assert demo.cold_seconds > 1.3 * demo.step_seconds  # it comes from caches, unless another model has taken them
     assert all(one.cold_seconds == one.step_seconds for one in large.values())
     assert large["int4"].step_seconds < large["int8"].step_seconds < 0.3 * large["float32"].step_seconds
+    demo, large = both("avx2")  # where products of int8 and int4 take instructions rather than bytes
+    shares = {dtype: one.row_seconds / one.step_seconds for dtype, one in large.items()}
+    assert 0.05 < shares["float32"] < 0.2 < shares["bfloat16"] < shares["int8"] < shares["int4"] < 0.5
+    assert 0.3 < demo.row_seconds / demo.step_seconds < 0.5
+
+
+def test_costs_are_of_the_level_in_use() -> None:
+    plan = plan_of("demo")
+    assert cost(plan, "int8", "bfloat16") == cost(plan, "int8", "bfloat16", simd.active())
+    assert all(cost(plan, "int8", "bfloat16", level).row_seconds > 0 for level in simd.levels())
