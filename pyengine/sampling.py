@@ -208,13 +208,16 @@ def draw(works: list[Workspace], rows: list[Row]) -> list[Drawn]:
         found.append(Drawn(token_id, total, error))
     if refused:
         for i, again in zip(refused, _draw_masked(works, [rows[i] for i in refused], masks), strict=True):
-            found[i] = again._replace(total=found[i].total)
+            found[i] = Drawn(again.token_id, found[i].total, again.error)
     return found
 
 
 def _first_allowed(constraint: Constraint, token_ids: list[int]) -> int:
     """-1 for none."""
-    return next((one for one in dict.fromkeys(token_ids) if one >= 0 and constraint.allows(one)), -1)
+    for i, token_id in enumerate(token_ids):
+        if token_id >= 0 and token_id not in token_ids[:i] and constraint.allows(token_id):
+            return token_id
+    return -1
 
 
 def _draw_masked(
