@@ -93,9 +93,9 @@ class Group:
                 going_on.append(beam)
             elif rank < self.size:  # what ends further down is no result: it would have been no beam
                 self._finish([beam])
-            if rank + 1 >= self.size and len(going_on) >= self.size:
+            if len(going_on) == self.size:
                 break  # what is left neither goes on nor is a result
-        self.beams = going_on[: self.size]
+        self.beams = going_on
         # With groups the rules are those of transformers 4, the last that has them: what ends counts among the best
         # that could come, and early_stopping leaves no room for texts that the length ends. Version 5 differs in both.
         grouped = self.params.num_beam_groups > 1
@@ -318,7 +318,7 @@ class Candidates:
             best = sorted(itertools.islice(best, group.n_candidates), key=lambda one: -one[1])
         n_top = self.params.logprobs
         for _, score, parent, token_id in best:
-            if token_id >= 0:
+            if token_id != UNKNOWN:
                 chosen = token_logprob(self.work, rows[parent], totals[parent], token_id, n_top)
                 yield Candidate(score, parent, chosen)
 

@@ -126,8 +126,7 @@ class Sampler:
         self.sample_index = sample_index
         self.drawn: list[Drawn] = []  # what `draw_ahead` has found for the next tokens
         self.seed = params.choose_seed()
-        self.filters = params.temperature, params.top_k, params.top_p, params.min_p
-        self.samples = params.samples
+        self.filters = (params.temperature, params.top_k, params.top_p, params.min_p) if params.samples else None
 
     def sample(self, logits: NDArray[np.float32]) -> TokenLogprob:
         """The next token, given the model's logits, float32 [vocab_size]; `NonFiniteError` if they can't be used."""
@@ -156,7 +155,7 @@ class Sampler:
 
     def wish(self, position: int, attempts: range) -> Wish:
         """What `draw_rows` is asked for at a position of the text."""
-        if not self.samples:
+        if self.filters is None:
             return LARGEST
         return *self.filters, tuple([uniform(self.seed, self.sample_index, position, attempt) for attempt in attempts])
 
