@@ -139,8 +139,9 @@ class Sample:
     def verify(
         self, ran: Rows, logits: Floats, max_seq_len: int, on_piece: Callable[[Piece], None] | None
     ) -> None:
-        """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed; `on_piece`
-        is told of each.
+        """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed.
+
+        `on_piece` is told of each.
         """
         certain, window = self.sequence.length - ran.n_draft, self.job.window
         for n_accepted, row in enumerate(logits):
