@@ -69,8 +69,8 @@ def short(metric: Metric, max_seq_len: int) -> Metric:
 def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) -> float | None:
     """The tokens a second that the limits allow to weights of this width; None where a limit wasn't measured.
 
-    Counted are the weights, read once a step, and the products with them, those of the blocks alone in a prompt, as
-    in `pyengine bench`; neither keys and values nor anything else.
+    Counted are the weights, read once a step, and the products with them, those that all tokens need alone in a prompt,
+    as in `pyengine bench`; neither keys and values nor anything else.
     """
     exact = cost(plan, "float32", "float32")
     peak = limits.get("peak_" + {"int4": "int8"}.get(width, width))
@@ -79,7 +79,7 @@ def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) 
         return None
     if not metric.new_tokens:
         return float(peak) / exact.block_flops
-    flops = metric.n_prompt * (exact.block_flops + exact.head_flops)
+    flops = metric.n_prompt * (exact.block_flops + exact.picked_flops)
     return metric.n_prompt / max(decode_bytes(plan, width) / bandwidth, flops / peak)
 
 

@@ -45,7 +45,7 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     yield f"limits: {bandwidth / 1e9:.1f} GB/s read, {peak / 1e9:,.0f} {unit} {multiplied}"
     # Shares are made within rounds: a machine that others use changes its speed from one to the next.
     share = statistics.median(cost.block_flops * prompt_tokens / s / p for s, p in zip(prefills, peaks, strict=True))
-    what = f"{share:.0%} of the peak, in products of the blocks"
+    what = f"{share:.0%} of the peak, in products that all tokens need"
     yield f"prefill {prompt_tokens:>5} tokens  {_rates(prefills, prompt_tokens)}  {what}"
     share = statistics.median(cost.decode_bytes / s / b for s, b in zip(decodes, bandwidths, strict=True))
     cached = " (the weights fit in the caches)" if share > 1.2 else ""

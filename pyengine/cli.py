@@ -247,7 +247,7 @@ def info(arguments: argparse.Namespace) -> int:
     print("KV cache     full: " + ", ".join(f"{kv} {nbytes / 1e6:,.1f} MB" for kv, nbytes in full.items()))
     c = cost(plan, "float32", "float32")
     print(
-        f"operations   {c.block_flops / 1e6:,.1f} M a token, {c.head_flops / 1e6:,.1f} M more for its logits, "
+        f"operations   {c.block_flops / 1e6:,.1f} M a token, {c.picked_flops / 1e6:,.1f} M more for its logits, "
         f"{c.attention_flops_per_position / 1e3:,.1f} k for each position that it looks at"
     )
     return 0

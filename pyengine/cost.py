@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ._native import simd
-from .plan import Attend, Embed, MatrixSpec, Plan
+from .plan import Attend, Embed, Linear, MatrixSpec, PickRows, Plan
 
 # PE_GROUP, PE_Q4_GROUP and PE_LANES of csrc/kernels.h
 GROUP = 128  # values of an int8 weight's column that share a column sum
@@ -36,8 +36,8 @@ class Cost:
     weight_bytes: int  # packed weights, and vectors
     kv_bytes_per_token: int  # keys and values of one position
     decode_bytes: int  # weights that are read for a token, the head included
-    block_flops: int  # of the matrix products for a token, without the head; multiplication and addition count each
-    head_flops: int  # of the head, for a token whose logits are wanted
+    block_flops: int  # of the matrix products for a token; multiplication and addition count each
+    picked_flops: int  # of those that follow `PickRows`: for a token whose logits are wanted, besides
     attention_flops_per_position: int  # for a token, times the positions that it looks at
     step_seconds: float  # of a step of one row, about: to weigh things up
     cold_seconds: float  # of such a step where another model's weights have taken the caches meanwhile
@@ -88,7 +88,8 @@ def cost(plan: Plan, dtype: str, kv_dtype: str, level: str | None = None) -> Cos
     vectors = sum(math.prod(spec.shape) for spec in plan.vectors.values())
     read = {op.weight for op in plan.linears()}
     only_looked_up = {op.token_table for op in plan.ops if isinstance(op, Embed)} - read
-    head = sum(2 * size[op.weight] for op in plan.linears() if op.out == plan.logits)
+    first_picked = next((i for i, op in enumerate(plan.ops) if isinstance(op, PickRows)), len(plan.ops))
+    picked = sum(2 * size[op.weight] for op in plan.ops[first_picked:] if isinstance(op, Linear))
     flops = sum(2 * size[op.weight] for op in plan.linears())
     attend = [op for op in plan.ops if isinstance(op, Attend)]
     decode_bytes = sum(n for name, n in memory.items() if name not in only_looked_up)
@@ -100,8 +101,8 @@ def cost(plan: Plan, dtype: str, kv_dtype: str, level: str | None = None) -> Cos
         weight_bytes=sum(memory.values()) + 4 * vectors,
         kv_bytes_per_token=sum(kv_bytes(op, kv_dtype) for op in attend),
         decode_bytes=decode_bytes,
-        block_flops=flops - head,
-        head_flops=head,
+        block_flops=flops - picked,
+        picked_flops=picked,
         attention_flops_per_position=sum(4 * op.n_head * op.head_dim for op in attend),
         step_seconds=OVERHEAD + decode_bytes / (CACHE_SPEED if in_caches else MEMORY_SPEED) + row_seconds,
         cold_seconds=OVERHEAD + decode_bytes / MEMORY_SPEED + row_seconds,

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .plan import Attend, Linear, Norm, Op, Plan
+from .plan import Attend, Linear, Norm, Op, PickRows, Plan
 
 Floats = npt.NDArray[np.float32]
 
@@ -79,9 +79,13 @@ def equalize(plan: Plan, vectors: dict[str, Floats], measure: Measure, dtype: st
 
 
 def readers(plan: Plan, i: int) -> list[Linear]:
-    """The matrix products that read the output of operation i; none if anything else reads it too."""
+    """The matrix products that read the output of operation i, or what was picked of it; none if anything else reads it
+    too.
+    """
     found = []
-    for op in plan.ops[i + 1 :]:
+    for j, op in enumerate(plan.ops[i + 1 :], i + 1):
+        if isinstance(op, PickRows) and op.src == plan.ops[i].out:
+            return found + readers(plan, j)  # the last that reads it
         if getattr(op, "src", None) == plan.ops[i].out or getattr(op, "residual", None) == plan.ops[i].out:
             if not isinstance(op, Linear) or op.residual == plan.ops[i].out:
                 return []

@@ -5,7 +5,7 @@ watches a model reads the plan; nobody else knows what a GPT-2 is. Operations na
 what a weight looks like in the checkpoint stands in its `MatrixSpec` or `VectorSpec`. A plan never says what dtype a
 weight is kept in: that is decided where weights are packed.
 
-Every buffer holds one row for each row of a step: [n_rows, width].
+Every buffer holds one row for each row of a step, or for each that was picked: [n_rows, width].
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Attend:
 
 @dataclass(frozen=True)
 class PickRows:
-    """out = the rows of src whose logits are wanted; what follows runs on these alone."""
+    """out = the rows of src whose logits are wanted; what follows runs on these alone, and reads src no more."""
 
     src: str
     out: str

@@ -107,7 +107,7 @@ def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> No
     one, many = Metric("", 1, 8, 4), Metric("", 8, 8, 4)
     assert metrics.roofline(plan, "float32", one, limits) == pytest.approx(100)
     assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(800)
-    limits["peak_float32"] = 400.0 * (counted.block_flops + counted.head_flops)
+    limits["peak_float32"] = 400.0 * (counted.block_flops + counted.picked_flops)
     assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(400)
     assert metrics.roofline(plan, "bfloat16", one, limits) is None  # its peak wasn't measured
     prompt = metrics.roofline(plan, "float32", Metric("", 1, 8, 0), limits)

@@ -60,8 +60,9 @@ def test_bundled_model() -> None:
     assert got.n_parameter == 5_918_720
     assert got.weight_bytes == 4 * 5_918_720  # all of its sizes are multiples of 16
     n_block = 6 * (256 * 768 + 256 * 256 + 2 * 256 * 1024)
-    assert got.block_flops == 2 * n_block
-    assert got.head_flops == 2 * 4096 * 256
+    picked = 256 * 256 + 2 * 256 * 1024  # of the last block, behind its attention
+    assert got.block_flops == 2 * (n_block - picked)
+    assert got.picked_flops == 2 * (picked + 4096 * 256)
     assert got.decode_bytes == 4 * (n_block + 4096 * 256)
     assert got.attention_flops_per_position == 6 * 4 * 256  # a multiplication and an addition for each of q k and w v
     assert got.kv_bytes_per_token == 6 * 2 * 256 * 4

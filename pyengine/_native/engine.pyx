@@ -207,9 +207,11 @@ cdef class Engine:
         op.attention.layout = self.layout.layout
 
     def add_pick_rows(self, int src, int out):
-        """out = the rows of src whose logits are wanted; later operations run on these alone."""
-        self._add(PICK_ROWS, src, out)
+        """out = the rows of src whose logits are wanted; later operations run on these alone, and read src no more."""
         self.picking = True
+        self._add(PICK_ROWS, src, out)
+        if self.buffers[src].width != self.buffers[out].width:
+            raise ArgumentError(f"pick_rows: expected {self.buffers[src].width} wide, got {self.buffers[out].width}")
 
     cdef bint _next_alone_reads(self, int i) noexcept:
         """Whether nobody after the next operation reads the output of operation i."""
@@ -246,10 +248,10 @@ cdef class Engine:
         cdef int i, last = self.ops[self.n_op - 1].out
         cdef Block block
         cdef Buffer *buffer
-        picked = {self.ops[i].out for i in range(self.n_op) if self.ops[i].on_picked or self.ops[i].kind == PICK_ROWS}
+        whole = {self.ops[i].out for i in range(self.n_op) if not self.ops[i].on_picked}
         for i in range(self.n_buffer):
             buffer = &self.buffers[i]
-            rows = n_picked if i in picked else n_row
+            rows = n_row if i in whole else n_picked
             if i != last:  # the logits are the caller's
                 block = Block(rows * buffer.stride * sizeof(float), "activation buffers")
                 self.blocks[i] = block
@@ -263,6 +265,15 @@ cdef class Engine:
                 self.qkv = NarrowRows(n_row, max([self.buffers[self.ops[i].out].width for i in range(self.n_op)
                                                   if self.ops[i].narrow_qkv]), BFLOAT16)
         self.capacity, self.picked_capacity = n_row, n_picked  # only now: any of the blocks may have raised
+
+    cdef void _place_picked(self, bint all_rows):
+        """Where all rows are picked, they stay where they are."""
+        cdef int i
+        cdef Op *op
+        for i in range(self.n_op):
+            op = &self.ops[i]
+            if op.kind == PICK_ROWS:
+                self.buffers[op.out].data = self.buffers[op.src].data if all_rows else <float *>(<Block>self.blocks[op.out]).data
 
     def step(self, list parts):
         """Runs the plan over the rows of some sequences; returns the logits of those that want them, float32 [n, vocab_size].
@@ -306,6 +317,7 @@ cdef class Engine:
         if n_row:
             self._reserve(n_row, n_picked)
             last.data = &view[0, 0] if n_picked else NULL
+            self._place_picked(n_picked == n_row)
             step.token_ids, step.picked, step.segments = token_ids, picked, segments
             step.n_row, step.n_picked, step.n_segment = n_row, n_picked, n_segment
             self._run(&step)
@@ -377,7 +389,8 @@ cdef void run_op(Engine engine, Op *op, Step *step, Worker *worker) noexcept nog
             qkv.bf16, qkv.stride = engine.qkv.bf16, engine.qkv.q8.stride
         attend(worker, &op.attention, &qkv, step.segments, step.n_segment, scratch, out.data, out.stride)
     elif op.kind == PICK_ROWS:
-        pick_rows(src, out, step, worker)
+        if out.data != src.data:
+            pick_rows(src, out, step, worker)
 
 
 cdef inline float *scratch_of(Engine engine, Worker *worker) noexcept nogil:

@@ -62,29 +62,32 @@ def plan(config: Mapping[str, Any]) -> Plan:
         vectors[f"{tensor}.bias"] = VectorSpec(f"{tensor}.bias", (n_out,))
         ops.append(Linear(src, out, f"{tensor}.weight", f"{tensor}.bias", **epilogue))
 
+    x, attended = "x", "attended"
     for i in range(n_layer):
         scale = (1.0 / math.sqrt(head_dim) if scaled else 1.0) / (i + 1 if scaled_by_layer else 1)
-        norm("x", "normed", f"h.{i}.ln_1")  # [n_rows, d_model]
+        norm(x, "normed", f"h.{i}.ln_1")  # [n_rows, d_model]
         linear("normed", "qkv", f"h.{i}.attn.c_attn", 3 * d_model, d_model)  # [n_rows, 3 d_model]
-        ops.append(Attend("qkv", "attended", i, n_head, n_head, head_dim, scale))  # [n_rows, d_model]
-        linear("attended", "x", f"h.{i}.attn.c_proj", d_model, d_model, residual="x")
-        norm("x", "normed", f"h.{i}.ln_2")
+        ops.append(Attend("qkv", attended, i, n_head, n_head, head_dim, scale))  # [n_rows, d_model]
+        if i == n_layer - 1:  # no row needs more of another one
+            ops += [PickRows(x, "picked"), PickRows(attended, "picked_attended")]  # [n_logits, d_model]
+            x, attended = "picked", "picked_attended"
+        linear(attended, x, f"h.{i}.attn.c_proj", d_model, d_model, residual=x)
+        norm(x, "normed", f"h.{i}.ln_2")
         linear("normed", "hidden", f"h.{i}.mlp.c_fc", d_ff, d_model, activation=activation)  # [n_rows, d_ff]
-        linear("hidden", "x", f"h.{i}.mlp.c_proj", d_model, d_ff, residual="x")
+        linear("hidden", x, f"h.{i}.mlp.c_proj", d_model, d_ff, residual=x)
 
     lm_head = "token_embedding"
     if not tied:
         lm_head = "lm_head"
         matrices[lm_head] = MatrixSpec("lm_head.weight", vocab_size, d_model, "out_in")
-    ops.append(PickRows("x", "picked"))  # [n_logits, d_model]
-    norm("picked", "final", "ln_f")
+    norm(x, "final", "ln_f")
     ops.append(Linear("final", "logits", lm_head))  # [n_logits, vocab_size]
 
     width = {"x": d_model, "normed": d_model, "qkv": 3 * d_model, "attended": d_model, "hidden": d_ff}
     return Plan(
         model_type="gpt2",
         ops=tuple(ops),
-        buffers=width | {"picked": d_model, "final": d_model, "logits": vocab_size},
+        buffers=width | {"picked": d_model, "picked_attended": d_model, "final": d_model, "logits": vocab_size},
         matrices=matrices,
         vectors=vectors,
         logits="logits",
