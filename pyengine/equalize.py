@@ -82,10 +82,11 @@ def readers(plan: Plan, i: int) -> list[Linear]:
     """The matrix products that read the output of operation i, or what was picked of it; none if anything else reads it
     too.
     """
-    found = []
+    found: list[Linear] = []
     for j, op in enumerate(plan.ops[i + 1 :], i + 1):
         if isinstance(op, PickRows) and op.src == plan.ops[i].out:
-            return found + readers(plan, j)  # the last that reads it
+            picked = readers(plan, j)
+            return found + picked if picked else []  # nothing reads it behind
         if getattr(op, "src", None) == plan.ops[i].out or getattr(op, "residual", None) == plan.ops[i].out:
             if not isinstance(op, Linear) or op.residual == plan.ops[i].out:
                 return []

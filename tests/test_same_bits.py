@@ -57,6 +57,19 @@ def alone(executor: Executor, token_ids: Ids, chunk: int) -> bytes:
     return got
 
 
+def test_rows_whose_logits_are_wanted(folder: Path, dtype: str) -> None:
+    """What follows the last attention runs on these alone, in other places and other numbers."""
+    executor, token_ids = executor_of(folder, dtype, 2), prompts()[0]
+    every = np.frombuffer(alone(executor, token_ids, len(token_ids)), np.float32).reshape(len(token_ids), -1)
+    two = [executor.new_sequence(), executor.new_sequence()]
+    got = executor.step([Rows(two[0], token_ids[:77], 1), Rows(two[1], token_ids[:40], 3)])
+    assert got.tobytes() == every[[76, 37, 38, 39]].tobytes()
+    assert got.tobytes() != every[[75, 37, 38, 39]].tobytes()
+    assert len(executor.step([Rows(two[0], token_ids[77:90], 0), Rows(two[1], token_ids[40:41], 0)])) == 0
+    got = executor.step([Rows(two[0], token_ids[90:], 2), Rows(two[1], token_ids[41:42], 1)])
+    assert got.tobytes() == every[[148, 149, 41]].tobytes()
+
+
 def test_threads(folder: Path, dtype: str) -> None:
     expected = alone(executor_of(folder, dtype, 1), prompts()[0], 512)
     for threads in (2, 3, 4):
