@@ -203,15 +203,19 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     for (int r = 0; r < rows; r += 3)
         third[r / 3] = x->x + r * stride;
     for (int64_t i = 0; i < (x->k + 1) / 2; i++, line += ahead.pace) {
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            ask(rows, w->next, line + p * n_pair * 4 * PE_LANES);
         vb column[4];
+        const vb first = vb_activations(third[0]);
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             column[p] = vb_weights(from + (p * n_pair + i) * 2 * PE_LANES);
-            ask(rows, w->next, line + p * n_pair * 4 * PE_LANES);
+            vb_dot(&acc[0][p], first, column[p]); /* at once: four panels would not fit the registers of AVX2 */
         }
         PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            vb value = vb_activations(third[r / 3] + r % 3 * stride);
+        for (int r = 1; r < rows; r++) {
+            const vb value = vb_activations(third[r / 3] + r % 3 * stride);
             PE_UNROLL
             for (int p = 0; p < panels; p++)
                 vb_dot(&acc[r][p], value, column[p]);
