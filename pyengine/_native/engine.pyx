@@ -68,6 +68,7 @@ cdef struct Op:
 cdef enum:
     SPARE_BYTES = 1 << 24  # the most of an array of logits that is kept
     OWN_ROWS = 2  # so few rows that each thread narrows them for itself
+    ASK_OPS = 8  # operations of few rows between two looks at the clock
 
 # One step: what the threads share.
 cdef struct Step:
@@ -360,7 +361,7 @@ cdef void run_ops(Engine engine, Step *step, Worker *worker) noexcept nogil:
             run_op(engine, &engine.ops[i], step, worker)
         if worker.index == 0 and engine.stopping:
             pe_stop(worker.team)
-        if worker.index == 0 and now() - step.asked > SIGNAL_SECONDS:
+        if worker.index == 0 and (step.n_row > FEW_ROWS or i % ASK_OPS == 0) and now() - step.asked > SIGNAL_SECONDS:
             if check_signals():
                 step.interrupted = True
                 pe_stop(worker.team)

@@ -204,7 +204,9 @@ cdef void block_product(PackedMatrix weight, const float *x, int64_t x_stride, N
 
 
 cdef int64_t few_row_panels(PackedMatrix weight, int64_t n_panel, int64_t n_threads) noexcept nogil:
-    """Panels of a unit where there are few rows."""
+    """Panels of a unit where there are few rows: all if there is nobody to share them with."""
+    if n_threads == 1:
+        return n_panel
     cdef int64_t panels = max(n_panel // (UNITS_PER_THREAD * n_threads), UNIT_BYTES * n_panel // <int64_t>weight.panels.nbytes)
     return max(min(panels, n_panel // n_threads) // TILE_PANELS, <int64_t>1) * TILE_PANELS
 

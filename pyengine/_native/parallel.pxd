@@ -24,13 +24,19 @@ ctypedef struct Worker:
     int64_t phase
     int64_t n_claimed  # units of this phase
 
+# One thread alone counts for itself: weights have driven a phase's memory out of its caches by the time it comes.
 cdef inline int64_t claim(Worker *worker, int64_t n_unit) noexcept nogil:
-    cdef int64_t unit = pe_take(&worker.team.phases[worker.phase], n_unit)
+    cdef int64_t unit
+    if worker.n_threads > 1:
+        unit = pe_take(&worker.team.phases[worker.phase], n_unit)
+    else:
+        unit = worker.n_claimed if worker.n_claimed < n_unit else -1
     worker.n_claimed += unit >= 0
     return unit
 
 cdef inline void sync(Worker *worker, int64_t n_unit) noexcept nogil:
-    pe_finish(worker.team, &worker.team.phases[worker.phase], worker.n_claimed, n_unit)
+    if worker.n_threads > 1:
+        pe_finish(worker.team, &worker.team.phases[worker.phase], worker.n_claimed, n_unit)
     worker.phase += 1
     worker.n_claimed = 0
 
