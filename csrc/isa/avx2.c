@@ -38,14 +38,23 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
 
-/* In 16 bits at first, which hold a group's. */
-PE_INLINE __m256i sum(__m256i words, __m256i low, __m256i high)
+/* In 16 bits at first, which hold a group's. As assembly, since gcc would add them up as a tree, for which it spills them all. */
+PE_INLINE void add_sum(__m256i *words, __m256i w)
 {
-    const __m256i ones = _mm256_set1_epi8(1);
-    words = _mm256_add_epi16(words, _mm256_maddubs_epi16(ones, low));
-    return _mm256_add_epi16(words, _mm256_maddubs_epi16(ones, high));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), w);
+#if PE_MSVC
+    *words = _mm256_add_epi16(*words, pairs);
+#else
+    __asm__("vpaddw %1, %0, %0" : "+x"(*words) : "x"(pairs));
+#endif
 }
-PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high) { *acc = (vi){sum(acc->l, low.l, high.l), sum(acc->h, low.h, high.h)}; }
+PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
+{
+    add_sum(&acc->l, low.l);
+    add_sum(&acc->h, low.h);
+    add_sum(&acc->l, high.l);
+    add_sum(&acc->h, high.h);
+}
 #define vq_sum_end(acc) PE_BOTH(vi, _mm256_madd_epi16, acc, ((vi){_mm256_set1_epi16(1), _mm256_set1_epi16(1)}))
 
 #define PE_Q8_ROWS_1 5
