@@ -72,10 +72,13 @@ typedef struct {
 } pe_weights_q8;
 
 /* Packed int4 weights: W[n][k] = scale[n / 16][k / 32][n % 16] * PE_Q4_CODEBOOK[code], scale in bfloat16, and code the 4 bits
- * panels[n / 16][k / 8][n % 16][k % 4] >> 4 * (k / 4 % 2). Past n_out and past k, up to a whole group, lie zeros (PE_Q4_ZERO). */
+ * panels[n / 16][k / 8][n % 16][k % 4] >> 4 * (k / 4 % 2). Past n_out and past k, up to a whole group, lie zeros (PE_Q4_ZERO).
+ * weight_sum[panel][group][16] is what the zero point of a group of activations is multiplied with: the sum over the groups of
+ * weights in it of scale * (sum of the code's values), by FMA, ascending from 0. A level reads it or adds it up again. */
 typedef struct {
     const uint8_t *panels;
     const uint16_t *scale;
+    const float *weight_sum;
     int64_t k;
 } pe_weights_q4;
 
@@ -127,8 +130,8 @@ typedef struct pe_kernels {
                         int64_t n_panel, const pe_output *out);
 
     /* The same with int4: integers are exact; part = sum over the groups of weights in a group of activations of
-     * w.scale * (sum of q * code's value), by FMA, ascending from 0; weight_sum likewise, of the code's values alone;
-     * accumulator = x.scale * (part + x.offset * weight_sum) + accumulator, two FMA; then product = accumulator + bias[n]. */
+     * w.scale * (sum of q * code's value), by FMA, ascending from 0; accumulator = x.scale * (part + x.offset * w.weight_sum) +
+     * accumulator, two FMA; then product = accumulator + bias[n]. */
     void (*matmul_q4)(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out);
 
@@ -208,7 +211,7 @@ typedef struct pe_kernels {
     /* A float32 panel [k][16] to int4 in the layout of pe_weights_q4. The scale of a group is begun with the value largest in
      * size at 1.05 or 0.95 times the lowest or the highest entry of the codebook; each time the scale that is best for the
      * nearest entries is found; the one of the four with the least squared error is refitted once more. */
-    void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale);
+    void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale, float *weight_sum);
 
     /* n floats to int8 with one scale, which it returns: max |x| / 127, at least 1e-30; q = round(x / scale). The scale is NaN
      * where any of them is NaN or infinite. Written in whole vectors, zeros past n. */

@@ -18,10 +18,11 @@
  * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed
  * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
- * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; if a level defines vq_sum_end, that
- *                     makes the sums of what was added
- * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready, vq_ready, and
- *                     a group_q8 (tiles_int.inc.h)
+ * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; not where PE_Q4_READS_SUMS
+ * PE_Q4_READS_SUMS    1 where a level reads weight_sum of int4, since it computes for longer than that takes to come; 0 if not
+ *                     defined: then it adds weights up on the way. Products of tiles_wide.inc.h read it in any case
+ * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready, vq_ready,
+ *                     vq_group_q4, vq_make_ready_q4, and group_q8, group_q4 (tiles_int.inc.h)
  * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q8, PE_WIDE_Q4 the fewest rows of a
  *                     product that they are for
  * vq_store_wide(p, w) a vq_w as 2 x 16 pairs of int16, those of values 0 and 2 first; vq_wide(p) loads 16 of them

@@ -106,6 +106,8 @@ PE_INLINE pe_ahead pe_ahead_of(int64_t tile, int64_t n_tile, int64_t panels, int
     return (pe_ahead){panels * panel_bytes + tile * panel_bytes / n_tile, (64 + n_tile - 1) / n_tile};
 }
 
+static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
+
 /* Four bytes as they lie, from any address. */
 PE_INLINE int32_t pe_load_i32(const void *p)
 {

@@ -220,11 +220,13 @@ PE_INLINE vf scale_q4(const float *panel, int64_t n)
     return vi_bits(vi_shl(to_bf16(refit_q4(panel, n, scale, &gain)), 16));
 }
 
-static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale)
+static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale, float *weight_sum)
 {
+    vf sum = vf_set(0.0f);
     for (int64_t start = 0; start < k; start += PE_Q4_GROUP, scale += PE_LANES) {
         const int64_t end = k - start < PE_Q4_GROUP ? k : start + PE_Q4_GROUP;
         const vf step = scale_q4(panel + start * PE_LANES, end - start), inverse = inverse_of(step);
+        vf column_sum = vf_set(0.0f); /* of small integers: exact */
         vi_store_s16((int16_t *)scale, vi_sra(vf_bits(step), 16));
         for (int64_t i = start; i < start + PE_Q4_GROUP; i += 8, q += 4 * PE_LANES) {
             vi bits = vi_set(0);
@@ -232,10 +234,16 @@ static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale)
             for (int r = 0; r < 8; r++) {
                 vi code = vi_set(PE_Q4_ZERO);
                 if (i + r < end)
-                    nearest_q4(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse), &code);
+                    column_sum = vf_add(column_sum, nearest_q4(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse), &code));
                 bits = vi_or(bits, vi_shl(code, r % 4 * 8 + r / 4 * 4));
             }
             vf_store((float *)(void *)q, vi_bits(bits));
+        }
+        sum = vf_fma(step, column_sum, sum);
+        if ((start + PE_Q4_GROUP) % PE_GROUP == 0 || start + PE_Q4_GROUP >= k) {
+            vf_store(weight_sum, sum);
+            weight_sum += PE_LANES;
+            sum = vf_set(0.0f);
         }
     }
 }

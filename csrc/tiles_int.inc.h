@@ -17,6 +17,8 @@ PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_
     (void)rows;
     *group = (vq_group){q, stride};
 }
+#define vq_group_q4 vq_group
+#define vq_make_ready_q4 vq_make_ready
 PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
 {
     return vq_activations(group->q + r * group->stride + 4 * quad);
@@ -143,13 +145,13 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 
 #define q4_from q8_from
-static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;
 
-#ifndef vq_sum_end
-#define vq_sum_end(acc) (acc)
+#ifndef PE_Q4_READS_SUMS
+#define PE_Q4_READS_SUMS 0
 #endif
 
 /* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum; quad: its first in `x`. */
+#ifndef PE_OWN_GROUP
 PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, const uint8_t *nibbles, int64_t panel_stride,
                         const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
 {
@@ -179,9 +181,6 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, c
             }
         }
     }
-    PE_UNROLL
-    for (int p = 0; p < panels; p++)
-        column_sum[p] = vq_sum_end(column_sum[p]);
     if (PE_Q8_ORIGIN)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
@@ -189,6 +188,7 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, c
             for (int r = 0; r < rows; r++)
                 acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q8_ORIGIN), column_sum[p]));
 }
+#endif
 
 enum { PE_Q4_GROUP_BYTES = PE_Q4_GROUP / 2 * PE_LANES };
 
@@ -202,7 +202,9 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 {
     enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
+    const int64_t n_sum = (n_group + PARTS - 1) / PARTS;
     const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
+    const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
@@ -211,11 +213,11 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
         PE_ALIGNED float part[12 * 4 * PE_LANES];
         vf weight_sum[4];
-        vq_group ready;
-        vq_make_ready(&ready, rows, x->q + g * PE_GROUP, x->stride);
+        vq_group_q4 ready;
+        vq_make_ready_q4(&ready, rows, x->q + g * PE_GROUP, x->stride);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            weight_sum[p] = vf_set(0.0f);
+            weight_sum[p] = PE_Q4_READS_SUMS ? vf_load(weight_sums + (p * n_sum + g) * PE_LANES) : vf_set(0.0f);
         for (int i = 0; i < rows * panels; i++)
             vf_store(part + i * PE_LANES, vf_set(0.0f));
         for (int64_t i = first; i < last; i++) {
@@ -225,7 +227,8 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
-                weight_sum[p] = vf_mad(scale, vi_to_float(column_sum[p]), weight_sum[p]);
+                if (!PE_Q4_READS_SUMS)
+                    weight_sum[p] = vf_mad(scale, vi_to_float(column_sum[p]), weight_sum[p]);
                 PE_UNROLL
                 for (int r = 0; r < rows; r++) {
                     float *sum = part + (r * panels + p) * PE_LANES;

@@ -39,19 +39,16 @@ static void widen_q4(const pe_weights_q4 *w, int64_t panel, int64_t group, wide_
     const uint8_t *nibbles = w->panels + (panel * n_part + first) * BYTES;
     const uint16_t *scale = w->scale + (panel * n_part + first) * PE_LANES;
     to->n_quad = n * (PE_Q4_GROUP / 4);
-    to->weight_sum = vf_set(0.0f);
+    to->weight_sum = vf_load(w->weight_sum + (panel * ((n_part + WIDE_PARTS - 1) / WIDE_PARTS) + group) * PE_LANES);
     for (int64_t i = 0; i < n; i++) {
-        vi column_sum = vi_set(0);
         for (int64_t j = i * BYTES; j < (i + 1) * BYTES; j += 4 * PE_LANES) {
             vq_w low, high;
             PE_PREFETCH_FAR(nibbles + WIDE_PANELS * q4_panel_bytes(w) + j);
             vq_nibbles(nibbles + j, pe_q4_codebook, &low, &high);
-            vq_sum(&column_sum, low, high);
             vq_store_wide(to->weights + 2 * j, low);
             vq_store_wide(to->weights + 2 * j + 4 * PE_LANES, high);
         }
         to->scale[i] = from_bf16s(scale + i * PE_LANES);
-        to->weight_sum = vf_mad(to->scale[i], vi_to_float(vq_sum_end(column_sum)), to->weight_sum);
     }
 }
 

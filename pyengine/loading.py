@@ -50,7 +50,7 @@ def load(
     dtype is what the matrices are kept and multiplied in: "float32"; "bfloat16" (half the memory; weights and
     activations rounded to 8 bits of precision; fast where the CPU multiplies it, as `pyengine info` tells); "int8"
     (weights and activations; a fourth of the memory, several times as fast, a perplexity about 0.2 % higher); or
-    "int4" (weights of 4.5 bits, the embedding and the head in int8; activations in int8). threads is the number of
+    "int4" (weights of 4.75 bits, the embedding and the head in int8; activations in int8). threads is the number of
     threads, by default that of the CPUs that this process may use, or the value of PYENGINE_NUM_THREADS. progress is
     called now and then with the bytes of weights that are packed, and of all.
     kv_dtype is what the cache keeps keys and values in: "float32" (the default for a float32 model), "bfloat16" (half

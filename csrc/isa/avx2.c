@@ -38,34 +38,25 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
 
-/* In 16 bits at first, which hold a group's. As assembly, since gcc would add them up as a tree, for which it spills them all. */
-PE_INLINE void add_sum(__m256i *words, __m256i w)
-{
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), w);
-#if PE_MSVC
-    *words = _mm256_add_epi16(*words, pairs);
-#else
-    __asm__("vpaddw %1, %0, %0" : "+x"(*words) : "x"(pairs));
-#endif
-}
-PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
-{
-    add_sum(&acc->l, low.l);
-    add_sum(&acc->h, low.h);
-    add_sum(&acc->l, high.l);
-    add_sum(&acc->h, high.h);
-}
-#define vq_sum_end(acc) PE_BOTH(vi, _mm256_madd_epi16, acc, ((vi){_mm256_set1_epi16(1), _mm256_set1_epi16(1)}))
-
 #define PE_Q8_ROWS_1 5
 #define PE_Q8_ROWS_2 1
 #define PE_Q8_ROWS_4 1
 #define PE_Q8_MANY 1
+#define PE_Q4_ROWS_1 2
+#define PE_Q4_ROWS_2 1
+#define PE_Q4_ROWS_4 1
+#define PE_Q4_MANY 1
 #define PE_Q8_STREAM 0 /* one row goes four panels at a time */
 
-/* Activations are made ready once for a group, not once for each panel: each is then two loads. */
+/* Activations are made ready once for a group, not once for each panel: each is then two loads. For int4 they are their
+ * lower and their upper 4 bits. */
 #define PE_OWN_GROUP
-typedef struct { PE_ALIGNED int32_t size[PE_Q8_ROWS_1][PE_GROUP / 4], sign[PE_Q8_ROWS_1][PE_GROUP / 4]; } vq_group;
+typedef struct {
+    PE_ALIGNED int32_t size[PE_Q8_ROWS_1][PE_GROUP / 4], sign[PE_Q8_ROWS_1][PE_GROUP / 4];
+} vq_group;
+typedef struct {
+    PE_ALIGNED int32_t lower[PE_Q4_ROWS_1][PE_GROUP / 4], upper[PE_Q4_ROWS_1][PE_GROUP / 4];
+} vq_group_q4;
 
 PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride)
 {
@@ -104,10 +95,68 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
     }
 }
 
-#define PE_Q4_ROWS_1 3
-#define PE_Q4_ROWS_2 1
-#define PE_Q4_ROWS_4 1
-#define PE_Q4_MANY 1
+PE_INLINE void vq_make_ready_q4(vq_group_q4 *group, int rows, const uint8_t *q, int64_t stride)
+{
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < PE_GROUP / 4; i += 8) {
+            const __m256i a = _mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * i));
+            _mm256_storeu_si256((__m256i *)(group->lower[r] + i), _mm256_and_si256(a, mask));
+            _mm256_storeu_si256((__m256i *)(group->upper[r] + i), _mm256_and_si256(_mm256_srli_epi16(a, 4), mask));
+        }
+}
+
+/* acc += pairs of products, in 16 bits, or the first of them. As assembly, since gcc would add them up as a tree, for which it
+ * spills them all. */
+PE_INLINE void add_pairs(int first, __m256i *acc, __m256i a, __m256i w)
+{
+    const __m256i pairs = _mm256_maddubs_epi16(a, w);
+    if (first)
+        *acc = pairs;
+    else
+#if PE_MSVC
+        *acc = _mm256_add_epi16(*acc, pairs);
+#else
+        __asm__("vpaddw %1, %0, %0" : "+x"(*acc) : "x"(pairs));
+#endif
+}
+
+/* The lower and the upper 4 bits of activations apart: 16 bits hold the sums of a whole group, at most 16 * 15 * 127. So nothing
+ * is widened until its end, activations stay unsigned, and no product needs the sums of the columns. */
+#define PE_Q4_READS_SUMS 1
+PE_INLINE void group_q4(int rows, int panels, const vq_group_q4 *x, int64_t quad, const uint8_t *octets, int64_t panel_stride,
+                        const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
+{
+    (void)column_sum;
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        vi lower[PE_Q4_ROWS_1], upper[PE_Q4_ROWS_1];
+        PE_UNROLL
+        for (int i = 0; i < PE_Q4_GROUP / 8; i++) {
+            vi w[2];
+            nibbles(octets + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &w[0], &w[1]);
+            PE_PREFETCH(next + p * panel_stride + i * pace);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++)
+                PE_UNROLL
+                for (int j = 0; j < 2; j++) {
+                    const __m256i low = _mm256_set1_epi32(x->lower[r][quad + 2 * i + j]);
+                    const __m256i high = _mm256_set1_epi32(x->upper[r][quad + 2 * i + j]);
+                    add_pairs(i + j == 0, &lower[r].l, low, w[j].l);
+                    add_pairs(i + j == 0, &lower[r].h, low, w[j].h);
+                    add_pairs(i + j == 0, &upper[r].l, high, w[j].l);
+                    add_pairs(i + j == 0, &upper[r].h, high, w[j].h);
+                }
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+            const vi a = {_mm256_madd_epi16(lower[r].l, one), _mm256_madd_epi16(lower[r].h, one)};
+            const vi b = {_mm256_madd_epi16(upper[r].l, sixteen), _mm256_madd_epi16(upper[r].h, sixteen)};
+            acc[r][p] = vi_add(a, b);
+        }
+    }
+}
 
 /* With more rows, what tiles_wide.inc.h does: 6 rows take 12 accumulators, which leaves registers for a vector of weights, an
  * activation and a product. */

@@ -42,6 +42,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct pe_weights_q4:
         const uint8_t *panels
         const uint16_t *scale
+        const float *weight_sum
         int64_t k
 
     ctypedef struct pe_weights_q8:
@@ -94,7 +95,7 @@ cdef extern from "kernels.h" nogil:
         void (*panel_squares)(const float *, int64_t, float *) noexcept nogil
         void (*pack_q8)(const float *, int64_t, int8_t *, float *, int16_t *) noexcept nogil
         void (*pack_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
-        void (*pack_q4)(const float *, int64_t, uint8_t *, uint16_t *) noexcept nogil
+        void (*pack_q4)(const float *, int64_t, uint8_t *, uint16_t *, float *) noexcept nogil
         float (*narrow_q8)(const float *, int64_t, int8_t *) noexcept nogil
         void (*widen_keys_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
         void (*widen_values_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil

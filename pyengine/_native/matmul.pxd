@@ -24,7 +24,7 @@ cdef class PackedMatrix:
     cdef pe_weights_bf16 bf16
     cdef pe_weights_q8 q8
     cdef pe_weights_q4 q4
-    cdef Block panels, column_sum, scale
+    cdef Block panels, column_sum, weight_sum, scale
     cdef float[::1] unscale  # what undoes the in_scale that it was packed with
 
 # Copies of activation rows in bfloat16 or int8: room for as many rows as a step has.

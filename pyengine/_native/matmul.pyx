@@ -61,7 +61,8 @@ cdef class PackedMatrix:
             self.panels = Block(columns * whole(n_in, PE_Q4_GROUP) // 2, what, arena)
             self.scale = Block(columns * (whole(n_in, PE_Q4_GROUP) // PE_Q4_GROUP) * sizeof(uint16_t), what, arena)
             self.q4.panels, self.q4.k = <const uint8_t *>self.panels.data, n_in
-            self.q4.scale = <const uint16_t *>self.scale.data
+            self.weight_sum = Block(columns * (whole(n_in, PE_GROUP) // PE_GROUP) * sizeof(float), what, arena)
+            self.q4.scale, self.q4.weight_sum = <const uint16_t *>self.scale.data, <const float *>self.weight_sum.data
 
     @property
     def n_panel(self):
@@ -71,11 +72,11 @@ cdef class PackedMatrix:
     @property
     def nbytes(self):
         """The memory of the packed weight."""
-        return sum(block.nbytes for block in (self.panels, self.column_sum, self.scale) if block is not None)
+        return sum(part.nbytes for part in (self.panels, self.column_sum, self.weight_sum, self.scale) if part is not None)
 
     @property
     def parts(self):
-        """All memory that a product or a row depends on, as buffers of bytes."""
+        """All memory that a product or a row depends on, as buffers of bytes; without weight_sum, which follows from the rest."""
         unscale = None if self.unscale is None else np.asarray(self.unscale).view(np.uint8)
         return [part for part in (self.panels, self.column_sum, self.scale, unscale) if part is not None]
 
@@ -105,7 +106,8 @@ cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) no
                      <int16_t *>matrix.q8.column_sum + columns * (whole(k, PE_GROUP) // PE_GROUP))
     elif matrix.format == Q4:
         simd.pack_q4(values, k, <uint8_t *>matrix.q4.panels + columns * whole(k, PE_Q4_GROUP) // 2,
-                     <uint16_t *>matrix.q4.scale + columns * (whole(k, PE_Q4_GROUP) // PE_Q4_GROUP))
+                     <uint16_t *>matrix.q4.scale + columns * (whole(k, PE_Q4_GROUP) // PE_Q4_GROUP),
+                     <float *>matrix.q4.weight_sum + columns * (whole(k, PE_GROUP) // PE_GROUP))
 
 
 cdef inline float from_bf16(uint16_t value) noexcept nogil:

@@ -21,7 +21,7 @@ static uint16_t halves[N], half_weights[N], half_scales[N];
 static uint8_t nibbles[N];
 static int32_t zeros[N];
 static uint32_t source[N], random_state;
-static float scales[N], column_scales[N];
+static float scales[N], column_scales[N], weight_sums[N];
 static uint64_t hash = HASH_START;
 static const pe_kernels *level;
 
@@ -76,12 +76,13 @@ static void matmuls_narrow(int n_row, int n_panel, int k, const pe_rows_q8 *rows
 {
     const int64_t pairs = (k + 1) / 2 * 2 * PE_LANES, n_group = (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP;
     const pe_weights_bf16 weights = {half_weights, k};
-    const pe_weights_q4 weights_q4 = {nibbles, half_scales, k};
+    const int64_t n_sum = (k + PE_GROUP - 1) / PE_GROUP;
+    const pe_weights_q4 weights_q4 = {nibbles, half_scales, weight_sums, k};
     const int64_t stride = rows->stride + 16;
     for (int p = 0; p <= n_panel; p++) {
         level->pack_bf16(w + (int64_t)p * k * PE_LANES, k, half_weights + p * pairs);
         level->pack_q4(w + (int64_t)p * k * PE_LANES, k, nibbles + p * n_group * PE_Q4_GROUP / 2 * PE_LANES,
-                       half_scales + p * n_group * PE_LANES);
+                       half_scales + p * n_group * PE_LANES, weight_sums + p * n_sum * PE_LANES);
     }
     for (int r = 0; r < n_row; r++)
         level->narrow_bf16(x + r * k, k, halves + 1 + r * stride);
@@ -232,9 +233,10 @@ static void packing(void)
         level->pack_bf16(w, k, half_weights);
         hash_bytes(half_weights, (k + 1) / 2 * 2 * PE_LANES * 2);
         line("pack_bf16", k, dtype, part);
-        level->pack_q4(w, k, nibbles, half_scales);
+        level->pack_q4(w, k, nibbles, half_scales, weight_sums);
         hash_bytes(nibbles, (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP / 2 * PE_LANES);
         hash_bytes(half_scales, (k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_LANES * 2);
+        hash_floats(weight_sums, (k + PE_GROUP - 1) / PE_GROUP * PE_LANES);
         line("pack_q4", k, dtype, part);
     }
 }
