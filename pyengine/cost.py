@@ -10,7 +10,7 @@ from ._native import simd
 from .plan import Attend, Embed, Linear, MatrixSpec, PickRows, Plan
 
 # PE_GROUP, PE_Q4_GROUP and PE_LANES of csrc/kernels.h
-GROUP = 128  # values of an int8 weight's column that share a column sum
+GROUP = 128  # values of an int8 or int4 weight's column that share a sum
 Q4_GROUP = 32  # values of an int4 weight's column that share a scale
 LANES = 16
 # Rough speeds of two cores, by which `step_seconds` and `row_seconds` are weighed against each other. Those of products
@@ -35,7 +35,7 @@ class Cost:
     n_parameter: int
     weight_bytes: int  # packed weights, and vectors
     kv_bytes_per_token: int  # keys and values of one position
-    decode_bytes: int  # weights that are read for a token, the head included
+    decode_bytes: int  # weights that every SIMD level reads for a token, the head included
     block_flops: int  # of the matrix products for a token; multiplication and addition count each
     picked_flops: int  # of those that follow `PickRows`: for a token whose logits are wanted, besides
     attention_flops_per_position: int  # for a token, times the positions that it looks at
@@ -67,7 +67,13 @@ def matrix_bytes(spec: MatrixSpec, dtype: str) -> int:
         case "int8":
             return columns * (_whole(spec.n_in, 4) + 2 * _whole(spec.n_in, GROUP) // GROUP + 4)
         case _:
-            return columns * (_whole(spec.n_in, Q4_GROUP) // 2 + 2 * _whole(spec.n_in, Q4_GROUP) // Q4_GROUP)
+            n_in = _whole(spec.n_in, Q4_GROUP)
+            return columns * (n_in // 2 + 2 * n_in // Q4_GROUP) + weight_sum_bytes(spec)
+
+
+def weight_sum_bytes(spec: MatrixSpec) -> int:
+    """The part of a packed int4 matrix that only levels read whose products wait for instructions, not for memory."""
+    return _whole(spec.n_out, LANES) * 4 * _whole(spec.n_in, GROUP) // GROUP
 
 
 def kv_bytes(op: Attend, dtype: str) -> int:
@@ -93,6 +99,7 @@ def cost(plan: Plan, dtype: str, kv_dtype: str, level: str | None = None) -> Cos
     flops = sum(2 * size[op.weight] for op in plan.linears())
     attend = [op for op in plan.ops if isinstance(op, Attend)]
     decode_bytes = sum(n for name, n in memory.items() if name not in only_looked_up)
+    decode_bytes -= sum(weight_sum_bytes(spec) for name, spec in plan.matrices.items() if dtypes[name] == "int4")
     speeds = next(its for name, its in OPERATIONS.items() if (level or simd.active()).startswith(name))
     row_seconds = ROW_OVERHEAD + flops / speeds[dtype]
     in_caches = decode_bytes <= CACHE_BYTES
