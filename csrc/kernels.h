@@ -195,8 +195,9 @@ typedef struct pe_kernels {
     int (*load_panel)(const void *src, pe_dtype dtype, int64_t k, int64_t k_stride, int64_t n, int64_t n_stride,
                       const float *in_scale, const float *out_scale, float *panel);
 
-    /* largest[j] = the largest |panel[i][j]| of a float32 panel [k][16]. */
-    void (*panel_largest)(const float *panel, int64_t k, float *largest);
+    /* The largest |src[i][j]| of rows of a checkpoint's matrix, [n_row][n]: of each row i, or of each column j if by_column. Without
+     * meaning where a value is NaN. */
+    void (*largest)(const void *src, pe_dtype dtype, int64_t n_row, int64_t n, int by_column, float *out);
 
     /* sums[j] = the sum of panel[i][j]^2, i ascending from 0, each product and each sum rounded. */
     void (*panel_squares)(const float *panel, int64_t k, float *sums);

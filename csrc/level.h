@@ -149,7 +149,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .spin_q8 = spin_q8,                                                                                      \
             .read = read_bytes,                                                                                      \
             .load_panel = load_panel,                                                                                \
-            .panel_largest = panel_largest,                                                                          \
+            .largest = largest,                                                                                      \
             .panel_squares = panel_squares,                                                                          \
             .pack_q8 = pack_q8,                                                                                      \
             .pack_bf16 = pack_bf16,                                                                                  \

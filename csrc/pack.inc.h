@@ -107,14 +107,50 @@ static int load_panel(const void *src, pe_dtype dtype, int64_t k, int64_t k_stri
     }
 }
 
-static void panel_largest(const float *panel, int64_t k, float *largest)
+/* Sizes are compared as integers, which are ordered as they are. */
+PE_INLINE vi larger(vi size, const void *src, pe_dtype dtype, int64_t i)
 {
-    vf most = vf_set(0.0f);
-    for (int64_t i = 0; i < k * PE_LANES; i += PE_LANES) {
-        const vf v = vf_load(panel + i);
-        most = vf_max(vf_max(v, vf_sub(vf_set(0.0f), v)), most);
+    return vi_max(size, vi_and(vf_bits(read_vector(src, dtype, i)), vi_set(0x7fffffff)));
+}
+
+PE_INLINE float larger_value(float size, const void *src, pe_dtype dtype, int64_t i)
+{
+    const float value = read_value(src, dtype, i), other = value < 0.0f ? -value : value;
+    return size < other ? other : size;
+}
+
+PE_INLINE void largest_of(const void *src, pe_dtype dtype, int64_t n_row, int64_t n, int by_column, float *out)
+{
+    if (by_column)
+        memset(out, 0, (size_t)n * sizeof *out);
+    for (int64_t row = 0; row < n_row; row++) {
+        const int64_t first = row * n;
+        int64_t i = 0;
+        if (by_column) {
+            for (; i + PE_LANES <= n; i += PE_LANES)
+                vf_store(out + i, vi_bits(larger(vf_bits(vf_load(out + i)), src, dtype, first + i)));
+            for (; i < n; i++)
+                out[i] = larger_value(out[i], src, dtype, first + i);
+        } else {
+            vi a = vi_set(0), b = a;
+            for (; i + 2 * PE_LANES <= n; i += 2 * PE_LANES) {
+                a = larger(a, src, dtype, first + i);
+                b = larger(b, src, dtype, first + i + PE_LANES);
+            }
+            out[row] = vf_hmax(vi_bits(vi_max(a, b)));
+            for (; i < n; i++)
+                out[row] = larger_value(out[row], src, dtype, first + i);
+        }
     }
-    vf_store(largest, most);
+}
+
+static void largest(const void *src, pe_dtype dtype, int64_t n_row, int64_t n, int by_column, float *out)
+{
+    switch (dtype) {
+    case PE_F32: largest_of(src, PE_F32, n_row, n, by_column, out); break;
+    case PE_F16: largest_of(src, PE_F16, n_row, n, by_column, out); break;
+    default: largest_of(src, PE_BF16, n_row, n, by_column, out);
+    }
 }
 
 static void panel_squares(const float *panel, int64_t k, float *sums)

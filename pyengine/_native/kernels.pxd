@@ -91,7 +91,7 @@ cdef extern from "kernels.h" nogil:
         float (*read)(const void *, int64_t) noexcept nogil
         int (*load_panel)(const void *, pe_dtype, int64_t, int64_t, int64_t, int64_t, const float *, const float *,
                           float *) noexcept nogil
-        void (*panel_largest)(const float *, int64_t, float *) noexcept nogil
+        void (*largest)(const void *, pe_dtype, int64_t, int64_t, bint, float *) noexcept nogil
         void (*panel_squares)(const float *, int64_t, float *) noexcept nogil
         void (*pack_q8)(const float *, int64_t, int8_t *, float *, int16_t *) noexcept nogil
         void (*pack_bf16)(const float *, int64_t, uint16_t *) noexcept nogil

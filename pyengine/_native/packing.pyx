@@ -58,11 +58,13 @@ cdef struct Piece:  # some rows of a tensor as it lies
     const char *memory
     int64_t offset, nbytes, itemsize
     pe_dtype dtype
-    int64_t k, k_stride, first, n_column, n_stride  # see load_panel; LARGEST has its inputs as columns
+    int64_t n_row, n_value  # rows, and what a row has
+    bint in_out  # its rows are inputs
+    int64_t k, k_stride, first, n_column, n_stride  # PACK, SQUARES: see load_panel
     const float *in_scale
     const float *out_scale
     void *matrix  # PACK: where it goes
-    float *out  # LARGEST, SQUARES: [n_column], in whole panels
+    float *out  # LARGEST: of each input; SQUARES: of each output, in whole panels
 
 cdef struct Task:
     Work work
@@ -98,10 +100,10 @@ cdef class Loader:
 
     def largest_by_input(self, tensors):
         """The size of the largest weight that each input meets: float32 [n_in] for each tensor."""
-        outs = [np.empty((1 if tensor.in_out else self._n_piece(LARGEST, tensor), whole(tensor.n_in, PE_LANES)), np.float32)
+        outs = [np.empty((1 if tensor.in_out else self._n_piece(LARGEST, tensor), tensor.n_in), np.float32)
                 for tensor in tensors]
         self._run(LARGEST, [(tensor, out, None, None) for tensor, out in zip(tensors, outs, strict=True)])
-        return [out.max(axis=0)[: tensor.n_in] for tensor, out in zip(tensors, outs, strict=True)]
+        return [out.max(axis=0) for out in outs]
 
     def output_norms(self, jobs):
         """The Euclidean norm of each output's weights, row k multiplied with in_scale[k]: float32 [n_out] for each (tensor,
@@ -162,11 +164,11 @@ cdef class Loader:
         cdef Piece piece
         cdef int64_t rows = self._rows(task.work, tensor), n_row = tensor.n_in if tensor.in_out else tensor.n_out
         cdef int64_t row_bytes = tensor.itemsize * (tensor.n_out if tensor.in_out else tensor.n_in), n, first
-        cdef bint by_input = task.work == LARGEST
         memset(&piece, 0, sizeof(piece))
         piece.index, piece.fd, piece.dtype, piece.itemsize = index, tensor.fd, tensor.dtype, tensor.itemsize
-        piece.k_stride = 1 if by_input == tensor.in_out else tensor.n_out if tensor.in_out else tensor.n_in
-        piece.n_stride = 1 if by_input != tensor.in_out else tensor.n_out if tensor.in_out else tensor.n_in
+        piece.in_out, piece.n_value, piece.k = tensor.in_out, row_bytes // tensor.itemsize, tensor.n_in
+        piece.k_stride = tensor.n_out if tensor.in_out else 1
+        piece.n_stride = 1 if tensor.in_out else tensor.n_in
         if ins is not None and ins.shape[0] != tensor.n_in or outs is not None and outs.shape[0] != tensor.n_out:
             raise ArgumentError(f"scales: expected [{tensor.n_in}] and [{tensor.n_out}]")
         piece.in_scale = &ins[0] if ins is not None else NULL
@@ -181,12 +183,11 @@ cdef class Loader:
             n = min(rows, n_row - first)
             piece.offset, piece.nbytes = tensor.offset + first * row_bytes, n * row_bytes
             piece.memory = <const char *>&tensor.memory[piece.offset] if tensor.memory is not None else NULL
-            if by_input:
-                piece.k = tensor.n_out if tensor.in_out else n
-                piece.n_column = n if tensor.in_out else tensor.n_in
-                piece.out = &out[first if tensor.in_out else first // rows * whole(tensor.n_in, PE_LANES)]
+            piece.n_row = n
+            if task.work == LARGEST:
+                piece.out = &out[first if tensor.in_out else first // rows * tensor.n_in]
             else:
-                piece.k, piece.first, piece.n_column = tensor.n_in, first, tensor.n_out if tensor.in_out else n
+                piece.first, piece.n_column = first, tensor.n_out if tensor.in_out else n
                 piece.out_scale = &outs[first] if outs is not None else NULL
                 piece.out = &out[first] if task.work == SQUARES else NULL
             task.pieces[task.n_piece] = piece
@@ -212,8 +213,10 @@ cdef void do_pieces(void *context, Worker *worker) noexcept nogil:
         if task.work == PACK:
             if not pack_piece(<PackedMatrix>piece.matrix, piece, values, panel):
                 task.not_finite = piece.index
+        elif task.work == LARGEST:
+            kernels().largest(values, piece.dtype, piece.n_row, piece.n_value, not piece.in_out, piece.out)
         else:
-            measure_piece(task.work, piece, values, panel)
+            square_piece(piece, values, panel)
         unit = claim(worker, task.n_piece)
 
 
@@ -231,14 +234,11 @@ cdef bint pack_piece(PackedMatrix matrix, const Piece *piece, const char *values
     return finite
 
 
-cdef void measure_piece(Work work, const Piece *piece, const char *values, float *panel) noexcept nogil:
+cdef void square_piece(const Piece *piece, const char *values, float *panel) noexcept nogil:
     cdef int64_t i
     for i in range(panels_of(piece)):
         load_columns(piece, values, i * PE_LANES, panel)
-        if work == LARGEST:
-            kernels().panel_largest(panel, piece.k, piece.out + i * PE_LANES)
-        else:
-            kernels().panel_squares(panel, piece.k, piece.out + i * PE_LANES)
+        kernels().panel_squares(panel, piece.k, piece.out + i * PE_LANES)
 
 
 cdef inline bint load_columns(const Piece *piece, const char *values, int64_t column, float *panel) noexcept nogil:

@@ -216,10 +216,10 @@ static void packing(void)
         level->load_panel(source, (pe_dtype)dtype, k, 1, PE_LANES, k, NULL, NULL, w);
         hash_floats(w, k * PE_LANES);
         line("load_panel", k, dtype, 2 + part);
+        level->largest(source, (pe_dtype)dtype, part ? 5 : k, part ? k : 5, part, scales);
+        hash_floats(scales, k);
+        line("largest", k, dtype, part);
         fill(w, k * PE_LANES, dtype == 1 ? 1e-33f : 3, 0);
-        level->panel_largest(w, k, scales);
-        hash_floats(scales, PE_LANES);
-        line("panel_largest", k, dtype, part);
         level->panel_squares(w, k, scales);
         hash_floats(scales, PE_LANES);
         line("panel_squares", k, dtype, part);
