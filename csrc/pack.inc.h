@@ -236,7 +236,7 @@ PE_INLINE vf refit_q4(const float *panel, int64_t n, vf scale, vf *gain)
 }
 
 /* A scale for n values of each of 16 columns, in bfloat16. */
-PE_INLINE vf scale_q4(const float *panel, int64_t n)
+static vf scale_q4(const float *panel, int64_t n)
 {
     static const float starts[] = {0.95f, 1.05f};
     vf largest = vf_set(0.0f), size = largest, scale = largest, gain = vf_set(-1.0f);
