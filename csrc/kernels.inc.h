@@ -21,10 +21,10 @@
  * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; not where PE_Q4_READS_SUMS
  * PE_Q4_READS_SUMS    1 where a level reads weight_sum of int4, since it computes for longer than that takes to come; 0 if not
  *                     defined: then it adds weights up on the way. Products of tiles_wide.inc.h read it in any case
- * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready, vq_ready,
+ * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready,
  *                     vq_group_q4, vq_make_ready_q4, and group_q8, group_q4 (tiles_int.inc.h)
- * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q8, PE_WIDE_Q4 the fewest rows of a
- *                     product that they are for
+ * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q4 the fewest rows of a product that
+ *                     they are for
  * vq_store_wide(p, w) a vq_w as 2 x 16 pairs of int16, those of values 0 and 2 first; vq_wide(p) loads 16 of them
  * vq_widen_row(q, pairs)  a group of a row as such pairs; vq_dot_wide(&acc, pair, w) acc += the sum of the 2 products
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
@@ -35,8 +35,9 @@
  *                     PE_Q8_ and PE_Q4_ likewise
  * PE_F32_UNROLL       how many values of k a float32 tile of many rows adds between two steps of its pointers; 1 if not defined
  * PE_WIDE_BF16        the fewest rows of a product of tiles_wide_bf16.inc.h, where a level has those
+ * PE_Q8_AT_ONCE       (rows, panels) the panels of an int8 tile that are in registers at a time; all if not defined
  * PE_Q8_STREAM        up to how many rows int8 goes panel by panel; 12 if not defined
- * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them; 0 if not defined */
+ * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them, where a level streams these */
 
 #include "vecmath.inc.h"
 #include "rows.inc.h"

@@ -12,9 +12,9 @@ typedef struct {
     const uint8_t *q;
     int64_t stride;
 } vq_group;
-PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride)
+PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride, int64_t n_quad)
 {
-    (void)rows;
+    (void)rows, (void)n_quad;
     *group = (vq_group){q, stride};
 }
 #define vq_group_q4 vq_group
@@ -28,9 +28,7 @@ PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
 /* A whole group of one panel for at most PE_Q8_FAST rows, which a core multiplies faster than memory brings the weights. Then so
  * many loads are under way at once that the processor's own prefetching leads, and brings more than lines asked for one by one:
  * each of those holds one of the few places for misses of the L1 cache until memory answers. A line in four is a hint enough. */
-#ifndef PE_Q8_FAST
-#define PE_Q8_FAST 0
-#endif
+#ifdef PE_Q8_FAST
 PE_INLINE void stream_q8(int rows, const vq_group *x, const int8_t *quads, vi acc[12][4])
 {
     for (int i = 0; i < PE_GROUP / 4; i += 4) {
@@ -44,6 +42,7 @@ PE_INLINE void stream_q8(int rows, const vq_group *x, const int8_t *quads, vi ac
         }
     }
 }
+#endif
 
 /* One group of int8 weights: acc[r][p] += the sum of q * w over n_quad > 0 quads, exact. A pointer for each row would not fit the
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
@@ -82,14 +81,19 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
 }
 #endif
 
+/* How many panels' sums are in registers at a time, once activations are ready: all that a tile has, unless its level has fewer. */
+#ifndef PE_Q8_AT_ONCE
+#define PE_Q8_AT_ONCE(rows, panels) (panels)
+#endif
+
 PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
 
 PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
                        const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
-    const int64_t x_groups = x->stride / PE_GROUP;
-    const int8_t *quads = w->panels + panel * n_quad * 4 * PE_LANES;
+    const int64_t x_groups = x->stride / PE_GROUP, panel_bytes = q8_panel_bytes(w);
+    const int8_t *quads = w->panels + panel * panel_bytes;
     PE_ALIGNED float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
     prefetch_tile(rows, panels, out);
     for (int i = 0; i < rows * panels; i++)
@@ -107,28 +111,35 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
         const int64_t first = g * (PE_GROUP / 4);
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
-        vi acc[12][4];
-        PE_UNROLL
-        for (int p = 0; p < panels; p++) {
-            const vi column_sum = vi_words(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
-            PE_UNROLL
-            for (int r = 0; r < rows; r++)
-                acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
-        }
         vq_group ready;
-        vq_make_ready(&ready, rows, x->q + 4 * first, x->stride);
-        if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
-            stream_q8(rows, &ready, quads + first * 4 * PE_LANES, acc);
-        else
-            group_q8(rows, panels, &ready, quads + first * 4 * PE_LANES, n_quad * 4 * PE_LANES, last - first,
-                     quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+        vq_make_ready(&ready, rows, x->q + 4 * first, x->stride, last - first);
         PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
+        for (int left = 0; left < panels; left += PE_Q8_AT_ONCE(rows, panels)) {
+            const int n = PE_Q8_AT_ONCE(rows, panels);
+            const int8_t *from = quads + left * panel_bytes + first * 4 * PE_LANES;
+            vi acc[12][4];
             PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                float *sum = sums + (r * panels + p) * PE_LANES;
-                vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
+            for (int p = 0; p < n; p++) {
+                const vi column_sum = vi_words(w->column_sum + ((panel + left + p) * n_group + g) * PE_LANES);
+                PE_UNROLL
+                for (int r = 0; r < rows; r++)
+                    acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
+            }
+#ifdef PE_Q8_FAST
+            if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
+                stream_q8(rows, &ready, from, acc);
+            else
+#endif
+                group_q8(rows, n, &ready, from, panel_bytes, last - first,
+                         quads + left * panel_bytes + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+            PE_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
+                PE_UNROLL
+                for (int p = 0; p < n; p++) {
+                    float *sum = sums + (r * panels + left + p) * PE_LANES;
+                    vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
+                }
             }
         }
     }
@@ -214,7 +225,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         PE_ALIGNED float part[12 * 4 * PE_LANES];
         vf weight_sum[4];
         vq_group_q4 ready;
-        vq_make_ready_q4(&ready, rows, x->q + g * PE_GROUP, x->stride);
+        vq_make_ready_q4(&ready, rows, x->q + g * PE_GROUP, x->stride, (last - first) * (PE_Q4_GROUP / 4));
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             weight_sum[p] = PE_Q4_READS_SUMS ? vf_load(weight_sums + (p * n_sum + g) * PE_LANES) : vf_set(0.0f);
@@ -260,19 +271,22 @@ PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
 #ifdef PE_WIDE_ROWS
 #include "tiles_wide.inc.h"
-#define PE_BY_ROWS(kind, KIND) (n_row < PE_WIDE_##KIND ? panels_##kind : many_##kind)
-#else
-#define PE_BY_ROWS(kind, KIND) panels_##kind
 #endif
 
 static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-    PE_BY_ROWS(q8, Q8)(x, n_row, w, panel, n_panel, out);
+    panels_q8(x, n_row, w, panel, n_panel, out);
 }
 
 static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-    PE_BY_ROWS(q4, Q4)(x, n_row, w, panel, n_panel, out);
+#ifdef PE_WIDE_ROWS
+    if (n_row >= PE_WIDE_Q4) {
+        many_q4(x, n_row, w, panel, n_panel, out);
+        return;
+    }
+#endif
+    panels_q4(x, n_row, w, panel, n_panel, out);
 }

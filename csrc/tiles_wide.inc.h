@@ -1,5 +1,5 @@
-/* Products of many rows with int8 and int4 weights at a level that multiplies 16-bit integers. Included by tiles_int.inc.h where
- * there are PE_WIDE_ROWS.
+/* Products of many rows with int4 weights at a level that multiplies 16-bit integers. Included by tiles_int.inc.h where there are
+ * PE_WIDE_ROWS.
  *
  * All is widened before it is multiplied: a group of the weights of some panels once for a block of rows, a group of a tile's
  * rows once for these panels. What is left to do most often is to load, to multiply and to add. */
@@ -15,21 +15,8 @@ enum {
 typedef struct {
     PE_ALIGNED int16_t weights[PE_GROUP * PE_LANES];
     int64_t n_quad;
-    vi column_sum;                    /* of int8 weights */
-    vf scale[WIDE_PARTS], weight_sum; /* of int4 weights */
+    vf scale[WIDE_PARTS], weight_sum;
 } wide_group;
-
-static void widen_q8(const pe_weights_q8 *w, int64_t panel, int64_t group, wide_group *to)
-{
-    const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP, first = group * (PE_GROUP / 4);
-    const int8_t *quads = w->panels + (panel * n_quad + first) * 4 * PE_LANES;
-    to->n_quad = n_quad - first < PE_GROUP / 4 ? n_quad - first : PE_GROUP / 4;
-    to->column_sum = vi_words(w->column_sum + (panel * n_group + group) * PE_LANES);
-    for (int64_t i = 0; i < to->n_quad * 4 * PE_LANES; i += 4 * PE_LANES) {
-        PE_PREFETCH_FAR(quads + WIDE_PANELS * q8_panel_bytes(w) + i);
-        vq_store_wide(to->weights + i, vq_weights(quads + i));
-    }
-}
 
 static void widen_q4(const pe_weights_q4 *w, int64_t panel, int64_t group, wide_group *to)
 {
@@ -69,22 +56,7 @@ PE_INLINE void dot_wide(int rows, const int32_t *pairs, const int16_t *weights, 
     } while (weights != end);
 }
 
-/* Tiles add a group to the sums of their rows; x starts at this group. */
-PE_INLINE void wide_tile_q8(int rows, const pe_rows_q8 *x, const int32_t *pairs, const wide_group *w, float *sums)
-{
-    const int64_t x_groups = x->stride / PE_GROUP;
-    vi acc[PE_WIDE_ROWS];
-    PE_UNROLL
-    for (int r = 0; r < rows; r++)
-        acc[r] = vi_mul16(w->column_sum, x->offset[r * x_groups]);
-    dot_wide(rows, pairs, w->weights, w->n_quad, acc);
-    PE_UNROLL
-    for (int r = 0; r < rows; r++) {
-        float *sum = sums + r * PE_LANES;
-        vf_store(sum, vf_mad(vf_set(x->scale[r * x_groups]), vi_to_float(acc[r]), vf_load(sum)));
-    }
-}
-
+/* A tile adds a group to the sums of its rows; x starts at this group. */
 PE_INLINE void wide_tile_q4(int rows, const pe_rows_q8 *x, const int32_t *pairs, const wide_group *w, float *sums)
 {
     enum { QUADS = PE_Q4_GROUP / 4, WEIGHTS = PE_Q4_GROUP * PE_LANES };
@@ -111,65 +83,46 @@ PE_INLINE void wide_tile_q4(int rows, const pe_rows_q8 *x, const int32_t *pairs,
     }
 }
 
-/* What a sum becomes. */
-PE_INLINE vf wide_end_q8(const pe_weights_q8 *w, int64_t panel, vf sum, vf bias)
+/* At most WIDE_PANELS panels of at most WIDE_BLOCK rows; `out` begins there. */
+static void wide_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel, const pe_output *out)
 {
-    return vf_mad(vf_load(w->scale + panel * PE_LANES), sum, bias);
-}
-
-PE_INLINE vf wide_end_q4(const pe_weights_q4 *w, int64_t panel, vf sum, vf bias)
-{
-    (void)w, (void)panel;
-    return vf_add(sum, bias);
-}
-
-/* wide_KIND: at most WIDE_PANELS panels of at most WIDE_BLOCK rows, `out` begins there; many_KIND: all. */
-#define PE_WIDE(kind, Weights)                                                                                       \
-    static void wide_##kind(const pe_rows_q8 *x, int64_t n_row, const Weights *w, int64_t panel, int64_t n_panel,    \
-                            const pe_output *out)                                                                    \
-    {                                                                                                                \
-        const int64_t n_tile = (n_row + PE_WIDE_ROWS - 1) / PE_WIDE_ROWS;                                            \
-        wide_group groups[WIDE_PANELS];                                                                              \
-        PE_ALIGNED int32_t pairs[PE_WIDE_ROWS * WIDE_PAIRS];                                                         \
-        PE_ALIGNED float sums[WIDE_PANELS][WIDE_BLOCK * PE_LANES];                                                   \
-        for (int64_t p = 0; p < n_panel; p++)                                                                        \
-            for (int64_t r = 0; r < n_row; r++)                                                                      \
-                vf_store(sums[p] + r * PE_LANES, vf_set(0.0f));                                                      \
-        for (int64_t g = 0; g < (w->k + PE_GROUP - 1) / PE_GROUP; g++) {                                             \
-            for (int64_t p = 0; p < n_panel; p++)                                                                    \
-                widen_##kind(w, panel + p, g, &groups[p]);                                                           \
-            for (int64_t t = 0, row = 0; t < n_tile; t++) {                                                          \
-                const int64_t n = (n_row - row) / (n_tile - t);                                                      \
-                pe_rows_q8 from = q8_from(x, row);                                                                   \
-                from.q += g * PE_GROUP, from.scale += g, from.offset += g;                                           \
-                for (int64_t r = 0; r < n; r++)                                                                      \
-                    vq_widen_row(from.q + r * x->stride, pairs + r * WIDE_PAIRS);                                    \
-                for (int64_t p = 0; p < n_panel; p++)                                                                \
-                    PE_FOR_ROWS(n, PE_WIDE_ROWS,                                                                     \
-                                wide_tile_##kind(rows, &from, pairs, &groups[p], sums[p] + row * PE_LANES))          \
-                row += n;                                                                                            \
-            }                                                                                                        \
-        }                                                                                                            \
-        for (int64_t r = 0; r < n_row; r++) {                                                                        \
-            const pe_output to = output_at(out, r, 0);                                                               \
-            for (int p = 0; p < n_panel; p++) {                                                                      \
-                const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);                        \
-                store_tile(&to, 0, p, wide_end_##kind(w, panel + p, vf_load(sums[p] + r * PE_LANES), bias));         \
-            }                                                                                                        \
-        }                                                                                                            \
-    }                                                                                                                \
-    static void many_##kind(const pe_rows_q8 *x, int64_t n_row, const Weights *w, int64_t panel, int64_t n_panel,    \
-                            const pe_output *out)                                                                    \
-    {                                                                                                                \
-        for (int64_t row = 0; row < n_row; row += WIDE_BLOCK)                                                        \
-            for (int64_t p = panel; p < panel + n_panel; p += WIDE_PANELS) {                                         \
-                const int64_t left = n_row - row, panels = panel + n_panel - p;                                      \
-                const pe_rows_q8 from = q8_from(x, row);                                                             \
-                const pe_output to = output_at(out, row, p);                                                         \
-                wide_##kind(&from, left < WIDE_BLOCK ? left : WIDE_BLOCK, w, p,                                      \
-                            panels < WIDE_PANELS ? panels : WIDE_PANELS, &to);                                       \
-            }                                                                                                        \
+    const int64_t n_tile = (n_row + PE_WIDE_ROWS - 1) / PE_WIDE_ROWS;
+    wide_group groups[WIDE_PANELS];
+    PE_ALIGNED int32_t pairs[PE_WIDE_ROWS * WIDE_PAIRS];
+    PE_ALIGNED float sums[WIDE_PANELS][WIDE_BLOCK * PE_LANES];
+    for (int64_t p = 0; p < n_panel; p++)
+        for (int64_t r = 0; r < n_row; r++)
+            vf_store(sums[p] + r * PE_LANES, vf_set(0.0f));
+    for (int64_t g = 0; g < (w->k + PE_GROUP - 1) / PE_GROUP; g++) {
+        for (int64_t p = 0; p < n_panel; p++)
+            widen_q4(w, panel + p, g, &groups[p]);
+        for (int64_t t = 0, row = 0; t < n_tile; t++) {
+            const int64_t n = (n_row - row) / (n_tile - t);
+            pe_rows_q8 from = q8_from(x, row);
+            from.q += g * PE_GROUP, from.scale += g, from.offset += g;
+            for (int64_t r = 0; r < n; r++)
+                vq_widen_row(from.q + r * x->stride, pairs + r * WIDE_PAIRS);
+            for (int64_t p = 0; p < n_panel; p++)
+                PE_FOR_ROWS(n, PE_WIDE_ROWS, wide_tile_q4(rows, &from, pairs, &groups[p], sums[p] + row * PE_LANES))
+            row += n;
+        }
     }
+    for (int64_t r = 0; r < n_row; r++) {
+        const pe_output to = output_at(out, r, 0);
+        for (int p = 0; p < n_panel; p++) {
+            const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+            store_tile(&to, 0, p, vf_add(vf_load(sums[p] + r * PE_LANES), bias));
+        }
+    }
+}
 
-PE_WIDE(q8, pe_weights_q8)
-PE_WIDE(q4, pe_weights_q4)
+static void many_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel, const pe_output *out)
+{
+    for (int64_t row = 0; row < n_row; row += WIDE_BLOCK)
+        for (int64_t p = panel; p < panel + n_panel; p += WIDE_PANELS) {
+            const int64_t left = n_row - row, panels = panel + n_panel - p;
+            const pe_rows_q8 from = q8_from(x, row);
+            const pe_output to = output_at(out, row, p);
+            wide_q4(&from, left < WIDE_BLOCK ? left : WIDE_BLOCK, w, p, panels < WIDE_PANELS ? panels : WIDE_PANELS, &to);
+        }
+}

@@ -1,5 +1,5 @@
 /* AVX2 with FMA: Haswell, Zen and later. A vector is two ymm registers. int8 goes through vpmaddubsw, which saturates at 16 bits:
- * |q - 128| * (the weight, negated where q < 128) is at most 128 * 127, so two of them fit. */
+ * |q - 128| * (the weight, its bits flipped where q < 128) is at most 128 * 127 and no less than 128 * -128, so two of them fit. */
 #include "../level.h"
 
 #if PE_X86
@@ -38,65 +38,91 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
 
-#define PE_Q8_ROWS_1 5
-#define PE_Q8_ROWS_2 1
-#define PE_Q8_ROWS_4 1
-#define PE_Q8_MANY 1
+#define PE_Q8_ROWS_1 3
+#define PE_Q8_ROWS_2 3
+#define PE_Q8_ROWS_4 3
+#define PE_Q8_MANY 4
+/* Of 3 rows two panels at a time: 12 accumulators, a size, what flips, the ones and a product take all registers. */
+#define PE_Q8_AT_ONCE(rows, panels) ((rows) > 1 && (panels) > 2 ? 2 : (panels))
 #define PE_Q4_ROWS_1 2
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
 #define PE_Q8_STREAM 0 /* one row goes four panels at a time */
 
-/* Activations are made ready once for a group, not once for each panel: each is then two loads. For int4 they are their
- * lower and their upper 4 bits. */
+/* Activations are made ready once for a group, not once for each panel: each is then two loads. For int8 a is less 128, and the bits
+ * of weights are flipped where it is negative: |a| * ~w = a * w - |a|, and `flipped` is the sum of these |a|. For int4 they are
+ * their lower and their upper 4 bits. */
 #define PE_OWN_GROUP
 typedef struct {
-    PE_ALIGNED int32_t size[PE_Q8_ROWS_1][PE_GROUP / 4], sign[PE_Q8_ROWS_1][PE_GROUP / 4];
+    PE_ALIGNED int32_t size[PE_Q8_ROWS_1][PE_GROUP / 4], flip[PE_Q8_ROWS_1][PE_GROUP / 4];
+    int32_t flipped[PE_Q8_ROWS_1];
 } vq_group;
 typedef struct {
     PE_ALIGNED int32_t lower[PE_Q4_ROWS_1][PE_GROUP / 4], upper[PE_Q4_ROWS_1][PE_GROUP / 4];
 } vq_group_q4;
 
-PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride)
+PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride, int64_t n_quad)
 {
-    for (int r = 0; r < rows; r++)
+    const __m256i zero = _mm256_setzero_si256(), index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int r = 0; r < rows; r++) {
+        __m256i sums = zero;
         for (int i = 0; i < PE_GROUP / 4; i += 8) {
+            const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n_quad - i), index);
             const vq_a a = signed_bytes(_mm256_loadu_si256((const __m256i *)(q + r * stride + 4 * i)));
-            _mm256_storeu_si256((__m256i *)(group->size[r] + i), a.size);
-            _mm256_storeu_si256((__m256i *)(group->sign[r] + i), a.sign);
+            const __m256i flip = _mm256_and_si256(_mm256_cmpgt_epi8(zero, a.sign), there);
+            _mm256_store_si256((__m256i *)(group->size[r] + i), a.size);
+            _mm256_store_si256((__m256i *)(group->flip[r] + i), flip);
+            sums = _mm256_add_epi64(sums, _mm256_sad_epu8(_mm256_and_si256(a.size, flip), zero));
         }
+        const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        group->flipped[r] = _mm_cvtsi128_si32(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
+    }
 }
 
-PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
+/* As assembly, so that weights come from memory each time and take no registers. */
+PE_INLINE void dot_flipped(vi *acc, __m256i size, __m256i flip, const int8_t *quads)
 {
-    return (vq_a){_mm256_set1_epi32(group->size[r][quad]), _mm256_set1_epi32(group->sign[r][quad])};
+    const __m256i one = _mm256_set1_epi16(1), *w = (const __m256i *)quads;
+#if PE_MSVC
+    const vi flipped = {_mm256_xor_si256(flip, _mm256_loadu_si256(w)), _mm256_xor_si256(flip, _mm256_loadu_si256(w + 1))};
+    const vi pairs = {_mm256_maddubs_epi16(size, flipped.l), _mm256_maddubs_epi16(size, flipped.h)};
+    *acc = vi_add(*acc, (vi){_mm256_madd_epi16(pairs.l, one), _mm256_madd_epi16(pairs.h, one)});
+#else
+    __m256i product;
+    __asm__("vpxor %3, %6, %2\n\tvpmaddubsw %2, %5, %2\n\tvpmaddwd %2, %7, %2\n\tvpaddd %2, %0, %0\n\t"
+            "vpxor %4, %6, %2\n\tvpmaddubsw %2, %5, %2\n\tvpmaddwd %2, %7, %2\n\tvpaddd %2, %1, %1"
+            : "+x"(acc->l), "+x"(acc->h), "=&x"(product) : "m"(w[0]), "m"(w[1]), "x"(size), "x"(flip), "x"(one));
+#endif
 }
 
-/* Four panels are four streams, which the processor follows by itself: lines asked for would only be in its way. */
+/* One row goes by four panels, four streams, which the processor follows by itself: lines asked for would only be in its way. */
 PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
                         const int8_t *next, int64_t pace, vi acc[12][4])
 {
+    PE_UNROLL
+    for (int r = 0; r < rows; r++)
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            acc[r][p] = vi_add(acc[r][p], vi_set(x->flipped[r]));
     for (int64_t i = 0; i < n_quad; i++) {
-        vq_w column[4];
-        PE_UNROLL
-        for (int p = 0; p < panels; p++) {
-            column[p] = vq_weights(quads + p * panel_stride + i * 4 * PE_LANES);
-            if (panels < 4)
-                PE_PREFETCH(next + p * panel_stride + i * pace);
-        }
-        PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vq_a value = vq_ready(x, r, i);
+        if (panels < 4)
             PE_UNROLL
             for (int p = 0; p < panels; p++)
-                vq_dot(&acc[r][p], value, column[p]);
+                PE_PREFETCH(next + p * panel_stride + i * pace);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const __m256i size = _mm256_set1_epi32(x->size[r][i]), flip = _mm256_set1_epi32(x->flip[r][i]);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++)
+                dot_flipped(&acc[r][p], size, flip, quads + p * panel_stride + i * 4 * PE_LANES);
         }
     }
 }
 
-PE_INLINE void vq_make_ready_q4(vq_group_q4 *group, int rows, const uint8_t *q, int64_t stride)
+PE_INLINE void vq_make_ready_q4(vq_group_q4 *group, int rows, const uint8_t *q, int64_t stride, int64_t n_quad)
 {
+    (void)n_quad;
     const __m256i mask = _mm256_set1_epi8(15);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < PE_GROUP / 4; i += 8) {
@@ -158,10 +184,9 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group_q4 *x, int64_t quad
     }
 }
 
-/* With more rows, what tiles_wide.inc.h does: 6 rows take 12 accumulators, which leaves registers for a vector of weights, an
+/* int4 with more rows, what tiles_wide.inc.h does: 6 rows take 12 accumulators, which leaves registers for a vector of weights, an
  * activation and a product. */
 #define PE_WIDE_ROWS 6
-#define PE_WIDE_Q8 11
 #define PE_WIDE_Q4 4
 
 PE_INLINE void vq_store_wide(int16_t *p, vq_w w)
