@@ -35,7 +35,6 @@
  *                     PE_Q8_ and PE_Q4_ likewise
  * PE_F32_UNROLL       how many values of k a float32 tile of many rows adds between two steps of its pointers; 1 if not defined
  * PE_WIDE_BF16        the fewest rows of a product of tiles_wide_bf16.inc.h, where a level has those
- * PE_Q8_AT_ONCE       (rows, panels) the panels of an int8 tile that are in registers at a time; all if not defined
  * PE_Q8_STREAM        up to how many rows int8 goes panel by panel; 12 if not defined
  * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them, where a level streams these */
 

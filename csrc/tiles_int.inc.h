@@ -81,11 +81,6 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
 }
 #endif
 
-/* How many panels' sums are in registers at a time, once activations are ready: all that a tile has, unless its level has fewer. */
-#ifndef PE_Q8_AT_ONCE
-#define PE_Q8_AT_ONCE(rows, panels) (panels)
-#endif
-
 PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
 
 PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
@@ -113,33 +108,28 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
         vq_group ready;
         vq_make_ready(&ready, rows, x->q + 4 * first, x->stride, last - first);
+        vi acc[12][4];
         PE_UNROLL
-        for (int left = 0; left < panels; left += PE_Q8_AT_ONCE(rows, panels)) {
-            const int n = PE_Q8_AT_ONCE(rows, panels);
-            const int8_t *from = quads + left * panel_bytes + first * 4 * PE_LANES;
-            vi acc[12][4];
+        for (int p = 0; p < panels; p++) {
+            const vi column_sum = vi_words(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
             PE_UNROLL
-            for (int p = 0; p < n; p++) {
-                const vi column_sum = vi_words(w->column_sum + ((panel + left + p) * n_group + g) * PE_LANES);
-                PE_UNROLL
-                for (int r = 0; r < rows; r++)
-                    acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
-            }
+            for (int r = 0; r < rows; r++)
+                acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
+        }
 #ifdef PE_Q8_FAST
-            if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
-                stream_q8(rows, &ready, from, acc);
-            else
+        if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
+            stream_q8(rows, &ready, quads + first * 4 * PE_LANES, acc);
+        else
 #endif
-                group_q8(rows, n, &ready, from, panel_bytes, last - first,
-                         quads + left * panel_bytes + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+            group_q8(rows, panels, &ready, quads + first * 4 * PE_LANES, panel_bytes, last - first,
+                     quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
             PE_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
-                PE_UNROLL
-                for (int p = 0; p < n; p++) {
-                    float *sum = sums + (r * panels + left + p) * PE_LANES;
-                    vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
-                }
+            for (int p = 0; p < panels; p++) {
+                float *sum = sums + (r * panels + p) * PE_LANES;
+                vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
             }
         }
     }

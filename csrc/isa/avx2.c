@@ -39,11 +39,9 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
 PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w *high) { nibbles(p, table, low, high); }
 
 #define PE_Q8_ROWS_1 3
-#define PE_Q8_ROWS_2 3
-#define PE_Q8_ROWS_4 3
-#define PE_Q8_MANY 4
-/* Of 3 rows two panels at a time: 12 accumulators, a size, what flips, the ones and a product take all registers. */
-#define PE_Q8_AT_ONCE(rows, panels) ((rows) > 1 && (panels) > 2 ? 2 : (panels))
+#define PE_Q8_ROWS_2 3 /* 12 accumulators, a size, what flips, the ones and a product take all registers */
+#define PE_Q8_ROWS_4 1
+#define PE_Q8_MANY 2
 #define PE_Q4_ROWS_1 2
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
