@@ -100,8 +100,8 @@ def markdown(results: Results) -> str:
         f"Figures are the median (lowest{DASH}highest) of the rounds. *ours is*: how many times as fast, or as small, "
         "pyengine is in the same width or the one named; above 1 is better; the median of the rounds' ratios. *share*: "
         "of what the measured limits allow to weights of that width: reading them once a step, and the products with "
-        "them, of a prompt those of the blocks. Memory is the largest resident set, files that are mapped included; "
-        "loading is from the system's file cache, in a process that has just started.",
+        "them, of a prompt those that all tokens need. Memory is the largest resident set, files that are mapped "
+        "included; loading is from the system's file cache, in a process that has just started.",
     ]
     for metric, title in results["metrics"].items():
         lines += ["", f"### {title[0].upper()}{title[1:]}", "", *table(results, metric)]

@@ -86,7 +86,7 @@ def readers(plan: Plan, i: int) -> list[Linear]:
     for j, op in enumerate(plan.ops[i + 1 :], i + 1):
         if isinstance(op, PickRows) and op.src == plan.ops[i].out:
             picked = readers(plan, j)
-            return found + picked if picked else []  # nothing reads it behind
+            return found + picked if picked else []  # a plan reads the source of `PickRows` no more
         if getattr(op, "src", None) == plan.ops[i].out or getattr(op, "residual", None) == plan.ops[i].out:
             if not isinstance(op, Linear) or op.residual == plan.ops[i].out:
                 return []

@@ -24,6 +24,7 @@ PE_INLINE vq_a signed_bytes(__m256i a)
 }
 PE_INLINE vq_a vq_activations(const uint8_t *p) { return signed_bytes(_mm256_set1_epi32(pe_load_i32(p))); }
 
+/* What the peak is measured with (limits.inc.h); matrix products go by dot_flipped, as many instructions. */
 PE_INLINE void dot(__m256i *acc, vq_a a, __m256i w)
 {
     const __m256i pairs = _mm256_maddubs_epi16(a.size, _mm256_sign_epi8(w, a.sign));
@@ -42,11 +43,11 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
 #define PE_Q8_ROWS_2 3 /* 12 accumulators, a size, what flips, the ones and a product take all registers */
 #define PE_Q8_ROWS_4 1
 #define PE_Q8_MANY 2
+#define PE_Q8_STREAM 0 /* one row goes four panels at a time */
 #define PE_Q4_ROWS_1 2
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
-#define PE_Q8_STREAM 0 /* one row goes four panels at a time */
 
 /* Activations are made ready once for a group, not once for each panel: each is then two loads. For int8 a is less 128, and the bits
  * of weights are flipped where it is negative: |a| * ~w = a * w - |a|, and `flipped` is the sum of these |a|. For int4 they are
