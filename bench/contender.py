@@ -169,7 +169,8 @@ class Contender:
         return good(remote.ask("run", metric=asdict(metric), vocab_size=subject.plan.vocab_size, seed=seed))
 
     def _fresh(self, subject: Subject) -> Sequence[float]:
-        """PROCESS_SAMPLES of a new process: files that were read before come from the system's cache."""
+        """PROCESS_SAMPLES of a new process. Its files are in the system's cache, which may have given some up."""
+        read_through(Path(self.files[subject.folder]))
         remote = self.start()
         try:
             load = good(remote.ask("load", files=self.files[subject.folder], threads=self.threads))["seconds"]
@@ -179,6 +180,15 @@ class Contender:
         finally:
             remote.close()
         return load, load + remote.hello["import_seconds"], memory, remote.hello["bytes"]
+
+
+def read_through(path: Path) -> None:
+    """Reads a file, or all of a folder."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(1 << 20):
+                    pass
 
 
 def fitting(metric: Metric, subjects: list[Subject]) -> Subject:
