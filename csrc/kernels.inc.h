@@ -15,18 +15,15 @@
  * vf_sum hmax hmin    across the lanes by the fixed tree (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1)
  * vi_load_s16 s8      16 int16, 16 int8; vi_store_s16 s8 u8 (p, a) 16 integers, clamped to what they can be
  * vq_w vq_weights     64 bytes of packed int8 weights, made ready; vq_a vq_activations 4 bytes of a row, in all lanes
- * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed
- * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact
+ * PE_Q8_ORIGIN        what vq_activations takes away from each value: 0, or 128 where a product needs them signed; PE_Q4_ORIGIN for
+ *                     int4, if it is another
+ * vq_dot(&acc, a, w)  acc += the sum of the 4 products, exact. vq_peak_dot, what int8 takes, where it is another
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
  * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; not where PE_Q4_READS_SUMS
  * PE_Q4_READS_SUMS    1 where a level reads weight_sum of int4, since it computes for longer than that takes to come; 0 if not
- *                     defined: then it adds weights up on the way. Products of tiles_wide.inc.h read it in any case
- * PE_OWN_GROUP        defined where a level makes activations of a group ready for all panels: vq_group, vq_make_ready,
- *                     vq_group_q4, vq_make_ready_q4, and group_q8, group_q4 (tiles_int.inc.h)
- * PE_WIDE_ROWS        the most rows of a tile of tiles_wide.inc.h, where a level has those; PE_WIDE_Q4 the fewest rows of a product that
- *                     they are for
- * vq_store_wide(p, w) a vq_w as 2 x 16 pairs of int16, those of values 0 and 2 first; vq_wide(p) loads 16 of them
- * vq_widen_row(q, pairs)  a group of a row as such pairs; vq_dot_wide(&acc, pair, w) acc += the sum of the 2 products
+ *                     defined: then it adds weights up on the way
+ * PE_OWN_GROUP        defined where a level makes int8 activations of a group ready for all panels: vq_group_q8, vq_make_ready,
+ *                     group_q8 (tiles_int.inc.h)
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
  *                     vf_store_bf16, vf_store_bf16_normal (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not; vf_mad_to(&acc, a, b) acc = vf_mad(a, b, acc) likewise, if

@@ -47,6 +47,10 @@ static float spin_bf16(int64_t n)
     return vf_sum(acc[0]);
 }
 
+#ifndef vq_peak_dot
+#define vq_peak_dot vq_dot
+#endif
+
 static int32_t spin_q8(int64_t n)
 {
     enum { LIVE = PE_Q8_ROWS_1 < PE_SPIN ? PE_Q8_ROWS_1 : PE_SPIN };
@@ -63,7 +67,7 @@ static int32_t spin_q8(int64_t n)
         PE_UNROLL
         for (int i = 0; i < LIVE; i++) {
             PE_FORGET(a);
-            vq_dot(&acc[i], a, w);
+            vq_peak_dot(&acc[i], a, w);
         }
     }
     PE_UNROLL

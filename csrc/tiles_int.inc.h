@@ -6,22 +6,21 @@ PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
     return (pe_rows_q8){x->q + row * x->stride, x->scale + group, x->offset + group, x->stride};
 }
 
-/* Activations of a group of PE_GROUP: where they lie, if a level doesn't make them ready beforehand. */
-#ifndef PE_OWN_GROUP
+/* Activations of a group of PE_GROUP: where they lie. For int8 a level may make them ready beforehand instead. */
 typedef struct {
     const uint8_t *q;
     int64_t stride;
 } vq_group;
+PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
+{
+    return vq_activations(group->q + r * group->stride + 4 * quad);
+}
+#ifndef PE_OWN_GROUP
+#define vq_group_q8 vq_group
 PE_INLINE void vq_make_ready(vq_group *group, int rows, const uint8_t *q, int64_t stride, int64_t n_quad)
 {
     (void)rows, (void)n_quad;
     *group = (vq_group){q, stride};
-}
-#define vq_group_q4 vq_group
-#define vq_make_ready_q4 vq_make_ready
-PE_INLINE vq_a vq_ready(const vq_group *group, int r, int64_t quad)
-{
-    return vq_activations(group->q + r * group->stride + 4 * quad);
 }
 #endif
 
@@ -106,7 +105,7 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
         const int64_t first = g * (PE_GROUP / 4);
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
-        vq_group ready;
+        vq_group_q8 ready;
         vq_make_ready(&ready, rows, x->q + 4 * first, x->stride, last - first);
         vi acc[12][4];
         PE_UNROLL
@@ -150,9 +149,12 @@ PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 #ifndef PE_Q4_READS_SUMS
 #define PE_Q4_READS_SUMS 0
 #endif
+#ifndef PE_Q4_ORIGIN
+#define PE_Q4_ORIGIN PE_Q8_ORIGIN
+#endif
 
-/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum; quad: its first in `x`. */
-#ifndef PE_OWN_GROUP
+/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum, unless they are read; quad: its first
+ * in `x`. */
 PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, const uint8_t *nibbles, int64_t panel_stride,
                         const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
 {
@@ -170,7 +172,9 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, c
         for (int p = 0; p < panels; p++) {
             vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
             PE_PREFETCH_WEIGHTS(panels, PE_Q4_MANY, next + p * panel_stride + i * pace);
+#if !PE_Q4_READS_SUMS
             vq_sum(&column_sum[p], low[p], high[p]);
+#endif
         }
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
@@ -182,14 +186,13 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, c
             }
         }
     }
-    if (PE_Q8_ORIGIN)
+    if (PE_Q4_ORIGIN)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             PE_UNROLL
             for (int r = 0; r < rows; r++)
-                acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q8_ORIGIN), column_sum[p]));
+                acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q4_ORIGIN), column_sum[p]));
 }
-#endif
 
 enum { PE_Q4_GROUP_BYTES = PE_Q4_GROUP / 2 * PE_LANES };
 
@@ -214,8 +217,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
         PE_ALIGNED float part[12 * 4 * PE_LANES];
         vf weight_sum[4];
-        vq_group_q4 ready;
-        vq_make_ready_q4(&ready, rows, x->q + g * PE_GROUP, x->stride, (last - first) * (PE_Q4_GROUP / 4));
+        const vq_group at = {x->q + g * PE_GROUP, x->stride};
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             weight_sum[p] = PE_Q4_READS_SUMS ? vf_load(weight_sums + (p * n_sum + g) * PE_LANES) : vf_set(0.0f);
@@ -223,7 +225,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             vf_store(part + i * PE_LANES, vf_set(0.0f));
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
-            group_q4(rows, panels, &ready, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
+            group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
                      nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
@@ -259,10 +261,6 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 
 PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
-#ifdef PE_WIDE_ROWS
-#include "tiles_wide.inc.h"
-#endif
-
 static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
@@ -272,11 +270,5 @@ static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w
 static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
-#ifdef PE_WIDE_ROWS
-    if (n_row >= PE_WIDE_Q4) {
-        many_q4(x, n_row, w, panel, n_panel, out);
-        return;
-    }
-#endif
     panels_q4(x, n_row, w, panel, n_panel, out);
 }

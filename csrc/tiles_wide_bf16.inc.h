@@ -1,8 +1,8 @@
 /* Products of many rows with bfloat16 weights at a level that has none of its own. Included by tiles_float.inc.h where there is
  * PE_WIDE_BF16.
  *
- * As in tiles_wide.inc.h all becomes float32 before it is multiplied: a group of the weights of some panels once for a block of
- * rows, a group of a tile's rows once for these panels. What is left is a tile of float32. */
+ * All becomes float32 before it is multiplied: a group of the weights of some panels once for a block of rows, a group of a tile's
+ * rows once for these panels. What is left is a tile of float32. */
 
 enum {
     WIDE_BF16_BLOCK = 96, /* rows that share a widened group: with two panels it takes 16 KB, and the rows' sums 12 KB */

@@ -18,7 +18,7 @@ LANES = 16
 OPERATIONS = {
     "avx512": {"float32": 0.5e12, "bfloat16": 1.0e12, "int8": 1.6e12, "int4": 1.2e12},
     "avx2_vnni": {"float32": 0.15e12, "bfloat16": 0.1e12, "int8": 0.5e12, "int4": 0.4e12},
-    "": {"float32": 0.15e12, "bfloat16": 0.1e12, "int8": 0.17e12, "int4": 0.13e12},
+    "": {"float32": 0.15e12, "bfloat16": 0.1e12, "int8": 0.17e12, "int4": 0.2e12},
 }
 MEMORY_SPEED = 40e9  # bytes read in a second
 CACHE_SPEED = 80e9  # from caches, which a model of CACHE_BYTES fits into

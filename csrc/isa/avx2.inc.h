@@ -116,18 +116,9 @@ PE_TREE(vf_sum, _mm256_add_ps, _mm_add_ps, _mm_add_ss)
 PE_TREE(vf_hmax, _mm256_max_ps, _mm_max_ps, _mm_max_ss)
 PE_TREE(vf_hmin, _mm256_min_ps, _mm_min_ps, _mm_min_ss)
 
-/* As assembly, since gcc would copy each accumulator to and fro. */
-PE_INLINE void add_to(__m256i *acc, __m256i a)
-{
-#if PE_MSVC
-    *acc = _mm256_add_epi32(*acc, a);
-#else
-    __asm__("vpaddd %1, %0, %0" : "+x"(*acc) : "x"(a));
-#endif
-}
 #define PE_PIN(v) ((void)0)
 
-/* The same of a multiply-add, of which gcc would overwrite a factor instead. */
+/* As assembly, since gcc would overwrite a factor instead of adding to the accumulator. */
 #if !PE_MSVC
 PE_INLINE void mad_to(__m256 *acc, __m256 a, __m256 b) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(*acc) : "x"(a), "x"(b)); }
 PE_INLINE void vf_mad_to(vf *acc, vf a, vf b)
