@@ -154,6 +154,14 @@ def test_matmul_int4_rows(level: str, n_row: int) -> None:
         check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
 
 
+@pytest.mark.parametrize("n_row", [1, 2, 3, 4, 5, 9])
+def test_matmul_int4_does_not_saturate(level: str, n_row: int) -> None:
+    """Activations of 255 times the codebook's largest value: equal weights are all of them that."""
+    x = np.full((n_row, 256), 255, np.float32)
+    x[:, ::128] = 0
+    check_int4(x, np.repeat(np.float32([-1, 1, 3]), 16)[:, None] * np.ones((1, 256), np.float32))
+
+
 def check_int4(x: NDArray[np.float32], w: NDArray[np.float32]) -> None:
     """Quantised activations times quantised weights, summed in float64, is what comes out."""
     packed = pack(w, "int4")
@@ -175,13 +183,13 @@ def test_int4_weights(level: str) -> None:
     packed = pack(w, "int4")
     got = np.stack([packed.row(i) for i in range(len(w))]).reshape(-1, 32)
     groups = w.reshape(-1, 32)
-    entries = np.array([-127, -99, -78, -61, -46, -33, -22, -11, 0, 11, 22, 34, 47, 62, 81, 105], np.float32)
+    entries = np.array([-64, -50, -39, -31, -23, -17, -11, -5, 0, 5, 11, 17, 24, 31, 41, 53], np.float32)
     assert np.array_equal(packed.row(3), np.zeros(96)) and packed.row(5)[7] == pytest.approx(-3e-3, rel=2e-3)
     errors, least = [], []
     for values, kept in zip(groups, got, strict=True):
         size = float(np.abs(values).max()) or 1.0
         best = np.inf
-        for scale in np.outer([-1, 1], size / np.linspace(90, 160, 100)).ravel():
+        for scale in np.outer([-1, 1], size / np.linspace(45, 81, 100)).ravel():
             nearest = entries[np.abs(values[:, None] / scale - entries).argmin(1)] * scale
             best = min(best, float(((values - nearest) ** 2).sum()))
         errors.append(float(((values - kept) ** 2).sum()))
