@@ -287,13 +287,15 @@ def request_of(keys: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     for name in keys:
         if name not in PARAMS and name != "prompt":
             raise ArgumentError(f"{name!r}: expected 'id', 'prompt' or an argument of generate")
-    if "prompt" not in keys:
-        raise ArgumentError("prompt: expected a string or a list of token ids, got none")
+    prompt = keys.get("prompt")
+    if not isinstance(prompt, str | list):
+        got = type(prompt).__name__ if "prompt" in keys else "none"
+        raise ArgumentError(f"prompt: expected a string or a list of token ids, got {got}")
     params = {name: value for name, value in keys.items() if name != "prompt"}
     bias = params.get("logit_bias")
     if isinstance(bias, dict):  # the keys of JSON are strings
         params["logit_bias"] = {_token_id(name): value for name, value in bias.items()}
-    return keys["prompt"], params
+    return prompt, params
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
