@@ -169,7 +169,7 @@ class Contender:
         return good(remote.ask("run", metric=asdict(metric), vocab_size=subject.plan.vocab_size, seed=seed))
 
     def _fresh(self, subject: Subject) -> Sequence[float]:
-        """PROCESS_SAMPLES of a new process. Its files are in the system's cache, which may have given some up."""
+        """PROCESS_SAMPLES of a new process, its files read just before: the system's cache may have given some up."""
         read_through(Path(self.files[subject.folder]))
         remote = self.start()
         try:

@@ -84,7 +84,7 @@ typedef struct {
 
 /* The 16 values of a 4-bit weight, in units of its group's scale: those that lose least for groups of 32 values, half of them
  * normal, half with the longer tails of Student's t, each with its best scale (Lloyd 1982; 0 is held). The largest is 64, so that
- * 16 bits hold two products with an activation, which saves AVX2 every fourth instruction. A scale may be negative. Found by
+ * 16 bits hold two products with activations, which saves AVX2 every fourth instruction. A scale may be negative. Found by
  * bench/codebook.py. */
 #define PE_Q4_CODEBOOK {-64, -50, -39, -31, -23, -17, -11, -5, 0, 5, 11, 17, 24, 31, 41, 53}
 #define PE_Q4_ZERO 8

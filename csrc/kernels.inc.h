@@ -21,7 +21,7 @@
  * vq_nibbles(p, table, &low, &high)  64 bytes as 2 x 64 weights: table[4 low bits], table[4 high bits] of each byte
  * vq_sum(&acc, low, high)  acc += the sum of the 4 weights of each, for at most a group of int4; not where PE_Q4_READS_SUMS
  * PE_Q4_READS_SUMS    1 where a level reads weight_sum of int4, since it computes for longer than that takes to come; 0 if not
- *                     defined: then it adds weights up on the way
+ *                     defined: then it adds weights up on the way. With 1, PE_Q4_ORIGIN is 0, since nothing else would correct it
  * PE_OWN_GROUP        defined where a level makes int8 activations of a group ready for all panels: vq_group_q8, vq_make_ready,
  *                     group_q8 (tiles_int.inc.h)
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and

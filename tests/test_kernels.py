@@ -156,7 +156,7 @@ def test_matmul_int4_rows(level: str, n_row: int) -> None:
 
 @pytest.mark.parametrize("n_row", [1, 2, 3, 4, 5, 9])
 def test_matmul_int4_does_not_saturate(level: str, n_row: int) -> None:
-    """Activations of 255 times the codebook's largest value: equal weights are all of them that."""
+    """Activations of 255 times the codebook's largest value, which is what equal weights get."""
     x = np.full((n_row, 256), 255, np.float32)
     x[:, ::128] = 0
     check_int4(x, np.repeat(np.float32([-1, 1, 3]), 16)[:, None] * np.ones((1, 256), np.float32))
