@@ -12,4 +12,5 @@ cdef class Arena:
 cdef class Block:
     cdef void *data
     cdef Arena arena  # whose part it is, or None
+    cdef bint own  # it is no part of an arena
     cdef readonly size_t nbytes

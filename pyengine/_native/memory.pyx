@@ -57,14 +57,14 @@ cdef class Block:
     """
 
     def __cinit__(self, size_t nbytes, what="memory", Arena arena=None):
-        self.arena = arena
+        self.arena, self.own = arena, arena is None
         self.data = pe_allocate(nbytes) if arena is None else arena.take(nbytes)
         if self.data == NULL:
             raise OutOfMemoryError(f"{what}: {nbytes:,} bytes can't be allocated")
         self.nbytes = nbytes
 
     def __dealloc__(self):
-        if self.data != NULL and self.arena is None:
+        if self.data != NULL and self.own:  # the garbage collector may have cleared `arena`
             pe_free(self.data)
 
     @property
