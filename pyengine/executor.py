@@ -7,7 +7,7 @@ sequence, decoding is one row of each sequence, a batch, a chunk of a prompt and
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +19,15 @@ import numpy.typing as npt
 
 from ._native import simd
 from ._native.engine import Engine
+from ._native.logprobs import unusable
 from ._native.matmul import PackedMatrix
 from ._native.memory import checksum
+from ._native.program import Program
+from ._native.sampling import Workspace
 from .errors import ArgumentError
 from .kv import UNLIMITED, KVPool, Sequence
 from .plan import Attend, Embed, Linear, Norm, PickRows, Plan
+from .sampling import Draw, Drawn
 
 if TYPE_CHECKING:  # of the stub
     from ._native.engine import Part
@@ -91,16 +95,7 @@ class Executor:
         Raises ArgumentError for token ids out of range, too many rows or a full context, StepStopped after `stop`, and
         lets KeyboardInterrupt through; then no sequence has changed.
         """
-        n_row = 0
-        parts: list[Part] = []
-        for r in rows:
-            position, n = r.sequence.length, len(r.token_ids)
-            if position + n > self.max_seq_len:
-                raise ArgumentError(f"token_ids: {position + n} positions, but the context has {self.max_seq_len}")
-            parts.append((r.token_ids, r.sequence.table, position, r.n_logits))
-            n_row += n
-        if n_row > self.max_rows:
-            raise ArgumentError(f"rows: expected at most {self.max_rows} in one step, got {n_row}")
+        parts = self._parts(rows, 0)
         with self._lock:
             for r in rows:
                 r.sequence.reserve(len(r.token_ids))
@@ -108,6 +103,52 @@ class Executor:
             for r in rows:
                 r.sequence.extend(r.token_ids, r.n_draft)
             return logits
+
+    def decode(
+        self,
+        rows: SequenceOf[Rows],
+        draws: SequenceOf[Draw],
+        n: int,
+        seconds: float,
+        works: list[Workspace],
+        urgent: Callable[[], bool],
+    ) -> Iterator[list[Drawn]]:
+        """At most n steps of a row of each sequence, each of which draws the rows of the next; gives them one by one.
+
+        Of each step, for each row, the token that comes next; by then the sequences have the rows' tokens, and they
+        lose nothing if no more steps are taken. All are computed before the first is given: fewer than n where a text
+        ends, where they would take longer than so many seconds, or as soon as `urgent()`. Raises what `step` raises.
+        """
+        parts = self._parts(rows, n - 1)
+        with self._lock:
+            for r in rows:
+                r.sequence.reserve(n)
+            found, logits = self._engine.decode(parts, draws, n, seconds, works, urgent)
+        token_ids = [r.token_ids for r in rows]
+        for step in found:
+            for r, ran in zip(rows, token_ids, strict=True):
+                r.sequence.extend(ran)
+            # Unusable logits are the last step's.
+            yield [
+                Drawn(token_id, logprob, None if token_id >= 0 else unusable(row))
+                for (token_id, logprob), row in zip(step, logits, strict=True)
+            ]
+            token_ids = [np.array([token_id], np.int32) for token_id, _ in step]
+
+    def _parts(self, rows: SequenceOf[Rows], n_more: int) -> list[Part]:
+        """What the engine is told of the rows; checks that each sequence has place for them and n_more."""
+        n_row = 0
+        parts: list[Part] = []
+        for r in rows:
+            position, n = r.sequence.length, len(r.token_ids)
+            n_position = position + n + n_more
+            if n_position > self.max_seq_len:
+                raise ArgumentError(f"token_ids: {n_position} positions, but the context has {self.max_seq_len}")
+            parts.append((r.token_ids, r.sequence.table, position, r.n_logits))
+            n_row += n
+        if n_row > self.max_rows:
+            raise ArgumentError(f"rows: expected at most {self.max_rows} in one step, got {n_row}")
+        return parts
 
     def stop(self) -> None:
         """Ends the step that another thread runs, or else the next one, within an operation of it."""
@@ -117,21 +158,21 @@ class Executor:
 def native(
     plan: Plan, matrices: Mapping[str, PackedMatrix], vectors: Mapping[str, Floats], pool: KVPool, threads: int
 ) -> Engine:
-    """The native engine that has been told the plan."""
+    """The native engine of a plan, which it is told operation by operation."""
     index = {name: i for i, name in enumerate(plan.buffers)}
-    engine = Engine(list(plan.buffers.values()), pool.layout, threads)
+    program = Program(list(plan.buffers.values()), pool.layout, threads)
     for op in plan.ops:
         match op:
             case Embed():
-                engine.add_embed(index[op.out], matrices[op.token_table], vectors[op.position_table])
+                program.add_embed(index[op.out], matrices[op.token_table], vectors[op.position_table])
             case Norm():
-                engine.add_norm(index[op.src], index[op.out], vectors[op.gain], vectors[op.bias], op.eps)
+                program.add_norm(index[op.src], index[op.out], vectors[op.gain], vectors[op.bias], op.eps)
             case Linear():
                 bias = None if op.bias is None else vectors[op.bias]
                 residual = -1 if op.residual is None else index[op.residual]
-                engine.add_linear(index[op.src], index[op.out], matrices[op.weight], bias, op.activation, residual)
+                program.add_linear(index[op.src], index[op.out], matrices[op.weight], bias, op.activation, residual)
             case Attend():
-                engine.add_attend(index[op.src], index[op.out], op.layer, op.n_head, op.scale)
+                program.add_attend(index[op.src], index[op.out], op.layer, op.n_head, op.scale)
             case PickRows():
-                engine.add_pick_rows(index[op.src], index[op.out])
-    return engine
+                program.add_pick_rows(index[op.src], index[op.out])
+    return Engine(program)

@@ -18,7 +18,7 @@ from .errors import ArgumentError, ArgumentTypeError, OutOfMemoryError
 from .executor import Executor, Rows
 from .kv import PAGE, NoPages, Sequence
 from .params import SamplingParams
-from .sampling import Sampler, TokenLogprob
+from .sampling import Draw, Drawn, Sampler, TokenLogprob
 from .scheduler import Floats, Task
 from .speculation import Speculation
 from .window import Window
@@ -67,10 +67,13 @@ class Job:
         """What chooses the tokens of one of its samples."""
         return Sampler(self.params, work, self.prompt_ids, sample_index, self.constraint)
 
+    def n_most(self, executor: Executor) -> int:
+        """Positions that the model sees at once."""
+        return self.window.size if self.window else executor.max_seq_len
+
     def n_position(self, executor: Executor) -> int:
         """Positions that one text can come to have: the last token never runs."""
-        most = self.window.size if self.window else executor.max_seq_len
-        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, most)
+        return min(len(self.prompt_ids) + self.params.max_new_tokens - 1, self.n_most(executor))
 
     def n_page_most(self, executor: Executor, n_text: int) -> int:
         """Pages that so many texts can come to hold; they share those that the prompt fills."""
@@ -81,8 +84,9 @@ class Job:
 class Sample:
     """One text on its way: its sequence, the tokens still to run, what makes tokens of logits and text of tokens."""
 
-    def __init__(self, job: Job, sequence: Sequence, sampler: Sampler, called: float) -> None:
+    def __init__(self, job: Job, n_most: int, sequence: Sequence, sampler: Sampler, called: float) -> None:
         self.job = job
+        self.n_most = n_most  # positions that its sequence has place for
         self.sequence = sequence
         self.sampler = sampler
         self.called = called  # a perf_counter, as the next three
@@ -96,7 +100,8 @@ class Sample:
 
     def fork(self, index: int) -> Sample:
         """Another sample of the prompt, once that has run."""
-        fork = Sample(self.job, self.sequence.fork(), self.job.sampler(self.sampler.work, index), self.called)
+        sampler = self.job.sampler(self.sampler.work, index)
+        fork = Sample(self.job, self.n_most, self.sequence.fork(), sampler, self.called)
         fork.started = self.started
         return fork
 
@@ -121,6 +126,14 @@ class Sample:
             token_ids = self.job.window.seen(token_ids)
         self.pending = token_ids[self.sequence.length or self.sequence.reuse(token_ids) :]
 
+    def draw(self) -> tuple[int, Draw | None]:
+        """How many steps may be made without it, and how its tokens are drawn; None if it is needed at each."""
+        draw = None if self.matcher.stops else self.sampler.plain(self.job.stop_ids)
+        n = min(self.job.params.max_new_tokens - len(self.pieces), self.n_most - self.sequence.length)
+        if self.proposer:  # what comes will be looked at again when it wakes
+            n = min(n, max(self.proposer.awake_at - len(self.pieces), 1))
+        return n, draw
+
     def draft(self, rows: Rows, n: int, n_row: int) -> int:
         """Adds at most n guesses to its row, if there are pages for them; how many."""
         generated = self.sampler.adjustments.generated
@@ -136,19 +149,15 @@ class Sample:
         rows.n_logits += len(guesses)
         return len(guesses)
 
-    def verify(
-        self, ran: Rows, logits: Floats, max_seq_len: int, on_piece: Callable[[Piece], None] | None
-    ) -> None:
+    def verify(self, ran: Rows, logits: Floats, on_piece: Callable[[Piece], None] | None) -> None:
         """Chooses tokens, given float32 [1 + n_draft, vocab_size]: a next one as long as the last was guessed.
 
         `on_piece` is told of each.
         """
-        certain, window = self.sequence.length - ran.n_draft, self.job.window
+        certain = self.sequence.length - ran.n_draft
         for n_accepted, row in enumerate(logits):
-            full = certain + n_accepted == (window.size if window else max_seq_len)
-            piece = self.advance(row, full and not window)
-            if on_piece:
-                on_piece(piece)
+            full = certain + n_accepted == self.n_most
+            piece = self.advance(self.sampler.sample(row), full, on_piece)
             if piece.finish_reason or n_accepted == ran.n_draft or piece.token_id != ran.token_ids[1 + n_accepted]:
                 break
         self.sampler.drawn.clear()  # for what was guessed wrongly
@@ -157,9 +166,18 @@ class Sample:
             self.proposer.observe(ran.n_draft, n_accepted)
             self.n_proposed += ran.n_draft
             self.n_accepted += n_accepted
-        if piece.finish_reason:
+        self.go_on(piece, full)
+
+    def accept(self, drawn: Drawn, on_piece: Callable[[Piece], None] | None) -> None:
+        """Takes a token that the engine has drawn; `on_piece` is told of it."""
+        full = self.sequence.length == self.n_most
+        self.go_on(self.advance(self.sampler.accept(drawn), full, on_piece), full)
+
+    def go_on(self, last: Piece, full: bool) -> None:
+        """After its last piece: gives its pages back if that was the end, or lets a full window move on."""
+        if last.finish_reason:
             self.close()
-        elif full:  # the window moves on
+        elif full:
             self.sequence.close()
             self.restart()
 
@@ -169,9 +187,8 @@ class Sample:
         if self.proposer:
             self.proposer.close()
 
-    def advance(self, logits: Floats, last: bool) -> Piece:
-        """Chooses the next token, given float32 [vocab_size]; `last`: the context has no place for it."""
-        chosen = self.sampler.sample(logits)
+    def advance(self, chosen: TokenLogprob, full: bool, on_piece: Callable[[Piece], None] | None) -> Piece:
+        """Adds a token, and tells `on_piece` of it; `full`: its sequence has no place for it."""
         self.pending = np.array([chosen.token_id], np.int32)
         text = ""
         reason: FinishReason | None = None
@@ -182,7 +199,7 @@ class Sample:
         if self.sampler.adjustments.complete:
             reason = "stop"
         # A token that is the last needs no place in the context: it never runs.
-        if len(self.pieces) + 1 == self.job.params.max_new_tokens or last:
+        if len(self.pieces) + 1 == self.job.params.max_new_tokens or (full and not self.job.window):
             reason = reason or "length"
         if reason and self.detokenizer:
             text += self.matcher.push(self.detokenizer.flush()) + self.matcher.flush()
@@ -193,6 +210,8 @@ class Sample:
             self.first_token = self.last_token
         piece = Piece(text, chosen.token_id, chosen.logprob, chosen.top, reason)
         self.pieces.append(piece)
+        if on_piece:
+            on_piece(piece)
         return piece
 
     def completion(self) -> Completion:
@@ -234,7 +253,7 @@ class Generation(Task):
         self.executor = executor
         self.job = job
         sampler = job.sampler(works[0] if works else Workspace(executor.vocab_size))
-        self.samples = [Sample(job, sequence or executor.new_sequence(), sampler, self.called)]
+        self.samples = [Sample(job, job.n_most(executor), sequence or executor.new_sequence(), sampler, self.called)]
         self.unfinished = self.samples[:]
 
     def start(self) -> None:
@@ -262,6 +281,11 @@ class Generation(Task):
                 planned.append(sample.rows(n))
                 n -= len(planned[-1].token_ids)
         return planned
+
+    def draws(self) -> tuple[int, list[Draw]]:
+        found = [sample.draw() for sample in self.unfinished]
+        draws = [draw for _, draw in found if draw is not None]
+        return (min([n for n, _ in found]), draws) if len(draws) == len(found) else (0, [])
 
     @property
     def drafts(self) -> bool:
@@ -291,8 +315,13 @@ class Generation(Task):
                 self.samples += [sample.fork(i) for i in range(1, self.n_place)]
             for one in [sample] if sample.pieces else self.samples:
                 on_piece = self.on_piece if one is self.samples[0] else None
-                one.verify(ran, logits[first : first + ran.n_logits], self.executor.max_seq_len, on_piece)
+                one.verify(ran, logits[first : first + ran.n_logits], on_piece)
             first += ran.n_logits
+        self.unfinished = [sample for sample in self.samples if not sample.finished]
+
+    def accept(self, drawn: list[Drawn]) -> None:
+        for sample, one in zip(self.unfinished, drawn, strict=True):
+            sample.accept(one, self.on_piece if sample is self.samples[0] else None)
         self.unfinished = [sample for sample in self.samples if not sample.finished]
 
     @property

@@ -227,7 +227,7 @@ class Runner:
                     message(self.scheduler)
                 if not self.scheduler.busy:
                     return
-                self.scheduler.step()
+                self.scheduler.step(self._inbox.has_messages)
 
     def close(self) -> None:
         """Cancels all requests and ends the thread."""
@@ -261,6 +261,10 @@ class Inbox:
         with self.changed:
             self.messages.append(message)
             self.changed.notify()
+
+    def has_messages(self) -> bool:
+        """Whether somebody waits to be heard."""
+        return bool(self.messages)
 
     def take(self) -> Iterator[Message]:
         """Those that are there, for the only thread that takes any."""

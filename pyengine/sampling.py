@@ -37,6 +37,27 @@ class TokenLogprob:
     top: list[tuple[int, float]] = field(default_factory=list)  # (token_id, logprob), the most probable first
 
 
+class Draw(NamedTuple):
+    """How the next tokens of a text are drawn where nothing counts but their logits: what `Executor.decode` is told."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sample_index: int
+    position: int  # of the next token in the text
+    stop_ids: frozenset[int]  # that end it
+
+
+class Drawn(NamedTuple):
+    """What came of a draw."""
+
+    token_id: int
+    logprob: float
+    error: Error | None  # why there is no token
+
+
 class Adjustments:
     """What one text makes of its logits, and the state that this depends on: its tokens, and how far its constraint is.
 
@@ -124,7 +145,7 @@ class Sampler:
         self.work = work
         self.adjustments = Adjustments(params, prompt_ids, constraint)
         self.sample_index = sample_index
-        self.drawn: list[Drawn] = []  # what `draw_ahead` has found for the next tokens
+        self.drawn: list[Found] = []  # what `draw_ahead` has found for the next tokens
         self.seed = params.choose_seed()
         self.filters = (params.temperature, params.top_k, params.top_p, params.min_p) if params.samples else None
 
@@ -138,6 +159,13 @@ class Sampler:
         total = found.total if total is None else total
         return token_logprob(self.work, logits, total, found.token_id, self.params.logprobs)
 
+    def accept(self, drawn: Drawn) -> TokenLogprob:
+        """Takes the next token, which was drawn as `plain` says."""
+        if drawn.error:
+            raise drawn.error
+        self.adjustments.append(drawn.token_id)
+        return TokenLogprob(drawn.token_id, drawn.logprob)
+
     def choose(self, logits: NDArray[np.float32], guesses: array[int]) -> int:
         """The token that would come if `guesses` came before it; nothing is kept of it."""
         adjustments = self.adjustments.fork()
@@ -148,7 +176,16 @@ class Sampler:
             raise found.error
         return found.token_id
 
-    def _draw(self, logits: NDArray[np.float32], adjustments: Adjustments) -> Drawn:
+    def plain(self, stop_ids: frozenset[int]) -> Draw | None:
+        """How its next tokens are drawn, if nothing counts but their logits, and nobody asks for those."""
+        adjustments = self.adjustments
+        if adjustments.any or adjustments.constraint or self.params.logprobs:
+            return None
+        return Draw(
+            *(self.filters or LARGEST[:4]), self.seed, self.sample_index, len(adjustments.generated), stop_ids
+        )
+
+    def _draw(self, logits: NDArray[np.float32], adjustments: Adjustments) -> Found:
         adjusted = adjustments.apply(self.work, logits)
         (found,) = draw([self.work], [Row(self, adjusted, len(adjustments.generated), adjustments.constraint)])
         return found
@@ -169,7 +206,7 @@ class Row(NamedTuple):
     constraint: Constraint | None
 
 
-class Drawn(NamedTuple):
+class Found(NamedTuple):
     """What was found for a row."""
 
     token_id: int
@@ -177,7 +214,7 @@ class Drawn(NamedTuple):
     error: Error | None = None  # why there is no token
 
 
-def draw(works: list[Workspace], rows: list[Row]) -> list[Drawn]:
+def draw(works: list[Workspace], rows: list[Row]) -> list[Found]:
     """A token for each row, on a thread for each of `works`.
 
     Under a constraint tokens are drawn as if there were none, and the first comes that is allowed; where all of a few
@@ -189,7 +226,7 @@ def draw(works: list[Workspace], rows: list[Row]) -> list[Drawn]:
     """
     wishes = [row.sampler.wish(row.position, range(ATTEMPTS if row.constraint else 1)) for row in rows]
     token_ids, totals, cuts = draw_rows(works, [row.logits for row in rows], wishes)
-    found: list[Drawn] = []
+    found: list[Found] = []
     refused: list[int] = []
     masks: list[tuple[NDArray[np.uint32], NDArray[np.int32], float]] = []
     for i, (row, its, total) in enumerate(zip(rows, token_ids, totals, strict=True)):
@@ -204,10 +241,10 @@ def draw(works: list[Workspace], rows: list[Row]) -> list[Drawn]:
                 refused.append(i)
             except ArgumentError as its_error:
                 error = its_error
-        found.append(Drawn(token_id, total, error))
+        found.append(Found(token_id, total, error))
     if refused:
         for i, again in zip(refused, _draw_masked(works, [rows[i] for i in refused], masks), strict=True):
-            found[i] = Drawn(again.token_id, found[i].total, again.error)
+            found[i] = Found(again.token_id, found[i].total, again.error)
     return found
 
 
@@ -221,15 +258,15 @@ def _first_allowed(constraint: Constraint, token_ids: list[int]) -> int:
 
 def _draw_masked(
     works: list[Workspace], rows: list[Row], masks: list[tuple[NDArray[np.uint32], NDArray[np.int32], float]]
-) -> list[Drawn]:
+) -> list[Found]:
     wishes = [row.sampler.wish(row.position, range(ATTEMPTS, ATTEMPTS + 1)) for row in rows]
     token_ids, _, _ = draw_rows(works, [row.logits for row in rows], wishes, masks)
-    found = [Drawn(token_id, math.nan) for [token_id] in token_ids]
+    found = [Found(token_id, math.nan) for [token_id] in token_ids]
     for i, row in enumerate(rows):
         if found[i].token_id < 0 and row.constraint:
             name = row.constraint.name
             error = f"{name}: expected one of its tokens to be left by logit_bias and logits_processor, got none"
-            found[i] = Drawn(-1, math.nan, NonFiniteError(error))
+            found[i] = Found(-1, math.nan, NonFiniteError(error))
     return found
 
 

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +30,11 @@ from .errors import ArgumentError, OutOfMemoryError, StepStopped
 from .executor import Executor, Rows
 from .kv import PAGE, NoPages, no_room
 from .prefix import PrefixCounters
-from .sampling import Sampler, draw_ahead
+from .sampling import Draw, Drawn, Sampler, draw_ahead
 
 Floats = NDArray[np.float32]
 
+AHEAD_STEPS, AHEAD_SECONDS = 8, 1 / 60  # most that the engine decodes by itself: nobody sees text come in such portions
 DRAFT_ROWS = 12  # most rows of a step with guesses: so many are one stream of weights from memory, more are not
 
 
@@ -79,6 +82,17 @@ class Task(ABC):
     @abstractmethod
     def advance(self, rows: list[Rows], logits: Floats) -> None:
         """Takes the logits that its rows wanted, float32 [sum of n_logits, vocab_size]."""
+
+    def draws(self) -> tuple[int, list[Draw]]:
+        """Where it decodes: how many steps can be made without it, and how each row's next tokens are drawn.
+
+        (0, []) if more than their logits counts for that.
+        """
+        return 0, []
+
+    def accept(self, drawn: list[Drawn]) -> None:
+        """Takes the tokens that were drawn so, one for each of its rows."""
+        raise NotImplementedError
 
     @property
     def drafts(self) -> bool:
@@ -183,8 +197,10 @@ class Scheduler:
         if tasks and all(task.cancelled for task in tasks):
             self.executor.stop()
 
-    def step(self) -> None:
+    def step(self, urgent: Callable[[], bool] = bool) -> None:
         """Runs one step of the executor for those whose turn it is, and hands out what comes of it.
+
+        It runs several where all there is to do is decode, as long as they are short and it isn't `urgent()`.
 
         What goes wrong with a task ends that task. What goes wrong with the step ends all that were in it.
         """
@@ -197,8 +213,7 @@ class Scheduler:
         try:
             self.stepping = [part.task for part in plan]
             if plan:
-                self.n_step += 1
-                self._hand_out(plan, self.executor.step([rows for part in plan for rows in part.rows]))
+                self._run(plan, urgent)
         except StepStopped:
             pass  # nothing has changed: who isn't cancelled does it again
         except Exception as error:
@@ -289,6 +304,37 @@ class Scheduler:
         self.live.remove(task)
         self.waiting.appendleft(task)
 
+    def _run(self, plan: list[Planned], urgent: Callable[[], bool]) -> None:
+        rows = [rows for part in plan for rows in part.rows]
+        n, draws = self._ahead(plan, rows)
+        if not n:
+            self.n_step += 1
+            self._hand_out(plan, self.executor.step(rows))
+            return
+        for drawn in self.executor.decode(rows, draws, n, AHEAD_SECONDS, self.works, urgent):
+            self.n_step += 1
+            rest = iter(drawn)
+            for part in plan:
+                attempt(part.task, partial(part.task.accept, list(islice(rest, len(part.rows)))))
+            if any(part.task.ended for part in plan):
+                return
+
+    def _ahead(self, plan: list[Planned], rows: list[Rows]) -> tuple[int, list[Draw]]:
+        """How many steps the engine can make by itself, and how it draws the tokens; 0 if it can't know which come."""
+        n, draws = AHEAD_STEPS, []
+        for part in plan:
+            n_task, its = part.task.draws() if part.decoding else (0, [])
+            if not n_task or len(its) != len(part.rows) or count(part.rows) != len(its):
+                return 0, []
+            n = min(n, n_task)
+            draws += its
+        try:
+            for one in rows:
+                one.sequence.reserve(n, within=True)
+        except (NoPages, OutOfMemoryError):
+            n = 1  # has its page
+        return n, draws
+
     def _hand_out(self, plan: list[Planned], logits: Floats) -> None:
         first = 0
         parts: list[tuple[Planned, Floats]] = []
@@ -299,10 +345,7 @@ class Scheduler:
         if len(logits) > 1:  # or else nothing is there to be drawn side by side
             draw_ahead(self.works, [one for part, its in parts for one in part.task.samplers(part.rows, its)])
         for part, its in parts:
-            try:
-                part.task.advance(part.rows, its)
-            except BaseException as error:  # whatever a callable of the user raises is that request's
-                part.task.end(error)
+            attempt(part.task, partial(part.task.advance, part.rows, its))
 
 
 @dataclass(frozen=True)
@@ -339,6 +382,14 @@ def stats(scheduler: Scheduler) -> Stats:
         reused_tokens=counters.reused_tokens,
         evicted_pages=counters.evicted_pages,
     )
+
+
+def attempt(task: Task, take: Callable[[], None]) -> None:
+    """Lets a task take what a step gave it. Whatever a callable of the user raises is that request's."""
+    try:
+        take()
+    except BaseException as error:
+        task.end(error)
 
 
 def count(rows: SequenceOf[Rows]) -> int:

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from pyengine._native.drawing import uniform
+from pyengine._native.logprobs import unusable
+from pyengine._native.rows import draw_rows
 from pyengine.beam import BeamGeneration
 from pyengine.completion import Completion
 from pyengine.executor import Rows
 from pyengine.generation import Generation, Job
 from pyengine.kv import UNLIMITED
+from pyengine.sampling import Draw, Drawn
 from pyengine.scheduler import Scheduler, Task
 
 
@@ -101,6 +105,24 @@ class FakeExecutor:
         padded = np.empty((len(found), self.vocab_size + 3), np.float32)  # as the engine's: rows lie further apart
         padded[:, : self.vocab_size] = np.array(found).reshape(-1, self.vocab_size)
         return padded[:, : self.vocab_size]
+
+
+    def decode(
+        self, rows: SequenceOf[Rows], draws: SequenceOf[Draw], n: int, seconds: float, works: Any, urgent: Any
+    ) -> Any:
+        token_ids = [r.token_ids for r in rows]
+        for i in range(n):
+            logits = self.step([Rows(r.sequence, ids) for r, ids in zip(rows, token_ids, strict=True)])
+            wishes: list[Any] = [(*d[:4], (uniform(d.seed, d.sample_index, d.position + i),)) for d in draws]
+            found, totals, _ = draw_rows(works, list(logits), wishes)
+            drawn = [
+                Drawn(token_id, float(row[token_id]) - total, unusable(row) if token_id < 0 else None)
+                for [token_id], row, total in zip(found, logits, totals, strict=True)
+            ]
+            yield drawn
+            if urgent() or any(one.error or one.token_id in d.stop_ids for one, d in zip(drawn, draws, strict=True)):
+                return
+            token_ids = [np.array(one, np.int32) for one in found]
 
 
 class LetterTokenizer:

@@ -15,6 +15,10 @@ cdef enum:
 
 def uniform(uint64_t seed, uint32_t sample_index, uint64_t position, uint32_t attempt=0) -> float:
     """A number in [0, 1) that depends on its arguments alone: Philox4x32-10 (Salmon et al. 2011), 53 bits of it."""
+    return uniform_at(seed, sample_index, position, attempt)
+
+
+cdef double uniform_at(uint64_t seed, uint32_t sample_index, uint64_t position, uint32_t attempt) noexcept nogil:
     cdef uint32_t words[4]
     words[0], words[1] = <uint32_t> position, <uint32_t> (position >> 32)
     words[2], words[3] = sample_index, attempt

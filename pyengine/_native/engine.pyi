@@ -1,28 +1,27 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .matmul import PackedMatrix
-from .pages import KVLayout
+from .program import Program
+from .sampling import Workspace
 
 Floats = NDArray[np.float32]
 Part = tuple[NDArray[np.int32], NDArray[np.uintp], int, int]  # token_ids, pages, position, n_logits
 
+# temperature, top_k, top_p, min_p, seed, sample_index, position, stop_ids
+Draw = tuple[float, int, float, float, int, int, int, frozenset[int]]
+
 class Engine:
-    def __init__(self, widths: Sequence[int], layout: KVLayout, n_threads: int) -> None: ...
-    def add_embed(self, out: int, table: PackedMatrix, positions: Floats) -> None: ...
-    def add_norm(self, src: int, out: int, gain: Floats, bias: Floats, eps: float) -> None: ...
-    def add_linear(
-        self,
-        src: int,
-        out: int,
-        weight: PackedMatrix,
-        bias: Floats | None = None,
-        activation: str | None = None,
-        residual: int = -1,
-    ) -> None: ...
-    def add_attend(self, src: int, out: int, layer: int, n_head: int, scale: float) -> None: ...
-    def add_pick_rows(self, src: int, out: int) -> None: ...
+    def __init__(self, program: Program) -> None: ...
     def step(self, parts: list[Part]) -> Floats: ...
+    def decode(
+        self,
+        parts: list[Part],
+        draws: Sequence[Draw],
+        n_step: int,
+        seconds: float,
+        works: list[Workspace],
+        urgent: Callable[[], bool],
+    ) -> tuple[list[list[tuple[int, float]]], Floats]: ...
     def stop(self) -> None: ...
