@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 def recorded(model: Model) -> Iterator[list[tuple[float, float, int]]]:
     """(start, end, tokens) of each step that the model runs."""
     steps: list[tuple[float, float, int]] = []
-    step = model.executor.step
+    step, decode = model.executor.step, model.executor.decode
 
     def timed(rows: Any) -> Any:
         start = time.perf_counter()
@@ -60,11 +61,23 @@ def recorded(model: Model) -> Iterator[list[tuple[float, float, int]]]:
         steps.append((start, time.perf_counter(), sum(len(one.token_ids) for one in rows)))
         return logits
 
+    def timed_ahead(rows: Any, *arguments: Any) -> Iterator[Any]:
+        start = time.perf_counter()
+        several = decode(rows, *arguments)
+        first = next(several)  # by then all are computed
+        end, n = time.perf_counter(), 0
+        for drawn in chain([first], several):
+            yield drawn
+            n += 1
+        for i in range(n):  # as if each had taken the same time
+            steps.append((start + (end - start) * i / n, start + (end - start) * (i + 1) / n, len(rows)))
+
     model.executor.step = timed  # type: ignore[method-assign]
+    model.executor.decode = timed_ahead  # type: ignore[method-assign]
     try:
         yield steps
     finally:
-        model.executor.step = step  # type: ignore[method-assign]
+        model.executor.step, model.executor.decode = step, decode  # type: ignore[method-assign]
 
 
 def prompt(model: Model, rng: np.random.Generator, n: int) -> list[int]:
@@ -187,12 +200,13 @@ def bare(model: Model, prompts: list[list[int]], n_new: int) -> list[float]:
 
 
 def submitted(model: Model, prompts: list[list[int]], n_new: int, params: dict[str, Any]) -> tuple[list[float], ...]:
-    """Seconds from one decode step of all sequences to the next, and those inside of `Executor.step`."""
+    """Seconds from one decode step of all sequences to the next, and those inside of the executor."""
     with recorded(model) as steps:
         requests = [model.submit(one, max_new_tokens=n_new, ignore_eos=True, **params) for one in prompts]
         for request in requests:
             request.result()
     whole = [(start, end) for start, end, n in steps if n == len(prompts)]
+    whole = whole[len(whole) // 4 :]  # by then all decode: a prompt can have as many tokens
     starts = [start for start, _ in whole]
     return np.diff(starts).tolist(), [end - start for start, end in whole]
 
@@ -206,11 +220,11 @@ def overhead(model: Model, rounds: int) -> None:
             rng = np.random.default_rng(i)
             prompts = [prompt(model, rng, 32) for _ in range(n)]
             n_new = 64 if i else 8
-            loops.append(1e3 * statistics.median(bare(model, prompts, n_new)))
+            loops.append(1e3 * statistics.fmean(bare(model, prompts, n_new)))
             for name, params in (("greedy", GREEDY), ("top_p", SAMPLED)):
                 periods, inside = submitted(model, prompts, n_new + n // 4, params)
-                between = [period - step for period, step in zip(periods, inside, strict=False)]
-                found[name].append((1e3 * statistics.median(periods), 1e3 * statistics.median(between)))
+                between = statistics.fmean(periods) - statistics.fmean(inside)
+                found[name].append((1e3 * statistics.fmean(periods), 1e3 * between))
         del loops[0]  # the first round is a warm-up
         print(f"{n:>2} sequences, bare loop        {spread(loops)} ms a step")
         for name, rows in found.items():

@@ -24,6 +24,7 @@ MEMORY_SPEED = 40e9  # bytes read in a second
 CACHE_SPEED = 80e9  # from caches, which a model of CACHE_BYTES fits into
 CACHE_BYTES = 32e6
 OVERHEAD = 50e-6  # seconds of a step, whatever the model
+VISIT_SECONDS = 40e-6  # of these, what steps don't take that the engine makes by itself
 ROW_OVERHEAD = 4e-6  # of a row
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a number of a key or a value
 

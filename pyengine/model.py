@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .beam import BeamGeneration
 from .completion import Completion, Piece
 from .constraints import Constraint, Vocabulary
-from .cost import Cost, cost
+from .cost import VISIT_SECONDS, Cost, cost
 from .errors import ArgumentError, ArgumentTypeError
 from .generation import Generation, Ids, Job, check_token_ids
 from .kv import Sequence
@@ -332,7 +332,7 @@ class Model:
         num_tokens, step = params.prompt_lookup_num_tokens, self.cost.step_seconds
         row_cost = self.cost.row_seconds / step
         if assistant is None:
-            return None if num_tokens is None else Speculation(num_tokens, row_cost)
+            return None if num_tokens is None else Speculation(num_tokens, row_cost, VISIT_SECONDS / step)
         if not isinstance(assistant, Model):
             raise ArgumentTypeError(f"assistant_model: expected a pyengine.Model, got {assistant!r}")
         for name, unset in (("num_beams", 1), ("prompt_lookup_num_tokens", None)):
@@ -345,7 +345,7 @@ class Model:
         return Speculation(
             ASSISTANT_TOKENS,
             row_cost,
-            assistant.executor,
+            assistant=assistant.executor,
             assistant_cost=assistant.cost.cold_seconds / step,
             assistant_row_cost=assistant.cost.row_seconds / step,
             experience=self._assistants[assistant].setdefault(temperature, Experience()),

@@ -92,6 +92,7 @@ class Speculation:
 
     num_tokens: int  # most guesses at a time
     row_cost: float  # of one more row in a step
+    visit_cost: float = 0.0  # of a step that Python has to be asked about, beside those that the engine makes by itself
     assistant: Executor | None = None  # that of the model which guesses; without one the text itself is looked up
     assistant_cost: float = 0.0  # of a step of the assistant, between steps of the model
     assistant_row_cost: float = 0.0  # of one more row in it
@@ -100,26 +101,27 @@ class Speculation:
     def proposer(self, prompt_ids: Ids, sampler: Sampler) -> Proposer:
         """What guesses for a text that `sampler` draws."""
         if self.assistant is None:
-            return PromptLookup(prompt_ids, self.num_tokens, self.row_cost)
+            return PromptLookup(prompt_ids, self.num_tokens, self.row_cost, self.visit_cost)
         return DraftModel(self, self.assistant, prompt_ids, sampler)
 
 
-def worth(hits: SequenceOf[float], at: int, cost: float, n: int) -> tuple[int, float]:
+def worth(hits: SequenceOf[float], at: int, cost: float, n: int, visit: float = 0.0) -> tuple[int, float]:
     """How many guesses to make, at most n: as long as one more brings more tokens for the time; and how many times as
     many as without that is.
 
     hits[at + i] is how probably guess i is right if those before it are; the last one stands for all that follow. A
-    step of k guesses costs 1 + k cost, and brings 1 + hits[at] + hits[at] hits[at + 1] + … tokens.
+    step of k guesses costs 1 + visit + k cost, and brings 1 + hits[at] + hits[at] hits[at + 1] + … tokens.
     """
-    best, expected, reached, last = MARGIN, 1.0, 1.0, len(hits) - 1
+    best, n_best, expected, reached, last = MARGIN, 0, 1.0, 1.0, len(hits) - 1
     for k in range(1, n + 1):
         reached *= hits[min(at + k - 1, last)]
         expected += reached
-        rate = expected / (1 + k * cost)
-        if rate <= best:
-            return k - 1, best
-        best = rate
-    return n, best
+        rate = expected / (1 + visit + k * cost)
+        if rate > best:
+            best, n_best = rate, k
+        elif reached <= cost * rate:  # nor will one more bring enough
+            break
+    return n_best, best
 
 
 def shared(cost: float, row_cost: float, n_row: int) -> float:
@@ -140,8 +142,8 @@ class PromptLookup(Proposer):
     PAIR, TRIPLE, LONGEST = 2, 3, 9  # tokens that were the same
     MOST_REST = 16  # tokens that come before it looks again, while it has nothing to say
 
-    def __init__(self, prompt_ids: Ids, num_tokens: int, row_cost: float) -> None:
-        self.num_tokens, self.row_cost = num_tokens, row_cost
+    def __init__(self, prompt_ids: Ids, num_tokens: int, row_cost: float, visit_cost: float = 0.0) -> None:
+        self.num_tokens, self.row_cost, self.visit_cost = num_tokens, row_cost, visit_cost
         self.n_prompt = len(prompt_ids)
         self.text: list[int] = prompt_ids.tolist()
         self.hits = [0.0, 0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9]  # by that length; believed at first
@@ -160,7 +162,8 @@ class PromptLookup(Proposer):
         for token_id in generated[len(self.text) - self.n_prompt :]:
             self._append(token_id)
         cost = shared(self.row_cost, self.row_cost, n_row)
-        n = worth(self.hits, self.n_same, cost, min(n, self.num_tokens))[0] if self.source else 0
+        n = min(n, self.num_tokens)
+        n = worth(self.hits, self.n_same, cost, n, self.visit_cost)[0] if self.source else 0
         if n == 0:  # to ask it at each step would cost a small model more than it brings
             self.awake_at = len(generated) + self.rest
             self.rest = min(2 * self.rest, self.MOST_REST)
