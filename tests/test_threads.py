@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pyengine import threads
+from pyengine._native.parallel import taken
 from pyengine.cgroup import cpu_quota
 from pyengine.errors import ArgumentError, ArgumentTypeError
 from pyengine.threads import MOST_THREADS, VARIABLE, choose_threads
@@ -138,3 +139,12 @@ def test_cgroup(tmp_path: Path, membership: str, files: dict[str, str], expected
 
 def test_no_cgroups(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path, tmp_path / "membership") is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("n_unit", [1, 2, 3, 5, 16, 97, 1000])
+def test_every_unit_is_done_once(n: int, n_unit: int) -> None:
+    """Whoever comes when: no unit is left out or done twice, and no phase waits for threads that are late."""
+    for n_late in {0, 1, n // 2, n - 1}:
+        if n_late < n:
+            assert (taken(n, 20, n_unit, n_late) == 1).all()

@@ -113,6 +113,8 @@ cdef void store_all(Worker *worker, const Attention *attention, const Qkv *qkv, 
     s = 0
     unit = claim(worker, n_unit)
     while unit >= 0:
+        if unit < before:  # of a share that lies before
+            s = before = 0
         while unit - before >= n_tile_of(&segments[s]):
             before += n_tile_of(&segments[s])
             s += 1
@@ -152,7 +154,7 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
                  float *scratch, float *out, int64_t out_stride) noexcept nogil:
     """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
     items that follow each other: of one sequence and one head first, so that its keys are still in the cache."""
-    cdef int64_t n_item = 0, unit, run, item, next, s, before = 0, n, head, tile
+    cdef int64_t n_item = 0, unit, run, item, s, before = 0, n, head, tile
     cdef Head then
     cdef bint storing = each_stores_its_own(attention, segments, n_segment)
     if not storing:
@@ -164,6 +166,8 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
     unit = claim(worker, (n_item + run - 1) // run)
     while unit >= 0:
         for item in range(unit * run, min((unit + 1) * run, n_item)):
+            if item < before:  # of a share that lies before
+                s = before = 0
             n = n_tile_of(&segments[s])
             while item - before >= n * attention.n_head:
                 before += n * attention.n_head
@@ -173,9 +177,7 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
             if storing:
                 store_rows(attention, qkv, &segments[s], segments[s].position, 1, head, scratch)
-            # The next unit is nobody's yet; while all threads are as fast, this is the one.
-            next = item + 1 if (item + 1) % run else (unit + worker.n_threads) * run
-            then = head_of(attention, segments + s, n_segment - s, next - before)
+            then = head_of(attention, segments + s, n_segment - s, item + 1 - before)
             attend_tile(attention, qkv, &segments[s], tile, head, &then, scratch, out, out_stride)
         unit = claim(worker, (n_item + run - 1) // run)
     sync(worker, (n_item + run - 1) // run)

@@ -41,9 +41,11 @@ cdef inline float *scratch_of(Program program, Worker *worker) noexcept nogil:
 
 cdef void embed(Op *op, Buffer *out, const Batch *batch, Worker *worker) noexcept nogil:
     cdef Share share = share_of(worker, batch.n_row)
-    cdef int64_t row, s = 0, i, position
+    cdef int64_t row = 0, s = 0, i, position
     cdef float *values
     while claim_rows(worker, &share):
+        if row > share.first:  # rows of a share that lies before
+            s = 0
         for row in range(share.first, share.last):
             while row >= batch.segments[s].row + batch.segments[s].n_row:
                 s += 1

@@ -3,9 +3,12 @@ from libc.stdint cimport int64_t
 cdef extern from "team.h" nogil:
     ctypedef struct pe_phase:
         pass
+    ctypedef int64_t pe_share
     ctypedef struct pe_team:
         pe_phase *phases
-    int64_t pe_take(pe_phase *, int64_t)
+        pe_share *shares
+        int64_t n_phase
+    int64_t pe_claim(pe_team *, int64_t, int64_t, int64_t, int64_t, int64_t *)
     void pe_finish(pe_team *, pe_phase *, int64_t, int64_t)
     void pe_stop(pe_team *)
     bint pe_stopped(pe_team *)
@@ -19,16 +22,17 @@ cdef extern from "team.h" nogil:
 # After sync the work of all threads can be read.
 ctypedef struct Worker:
     int index
-    int n_threads  # that were asked for
+    int n_threads  # of the region
     pe_team *team
     int64_t phase
     int64_t n_claimed  # units of this phase
+    int64_t n_helped  # shares of this phase in which nothing is left, its own first
 
 # One thread alone counts for itself: weights have driven a phase's memory out of its caches by the time it comes.
 cdef inline int64_t claim(Worker *worker, int64_t n_unit) noexcept nogil:
     cdef int64_t unit
     if worker.n_threads > 1:
-        unit = pe_take(&worker.team.phases[worker.phase], n_unit)
+        unit = pe_claim(worker.team, worker.phase, worker.index, worker.n_threads, n_unit, &worker.n_helped)
     else:
         unit = worker.n_claimed if worker.n_claimed < n_unit else -1
     worker.n_claimed += unit >= 0
@@ -38,7 +42,7 @@ cdef inline void sync(Worker *worker, int64_t n_unit) noexcept nogil:
     if worker.n_threads > 1:
         pe_finish(worker.team, &worker.team.phases[worker.phase], worker.n_claimed, n_unit)
     worker.phase += 1
-    worker.n_claimed = 0
+    worker.n_claimed = worker.n_helped = 0
 
 # A phase over rows, of which each is little work: several are taken at once.
 #     share = share_of(worker, n_row)
