@@ -16,7 +16,7 @@ from .model import Model
 
 
 def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Iterator[str]:
-    """Lines of a report. Random tokens; the first round is a warm-up; median, and least to most, of the others."""
+    """Lines of a report. Random prompts; the first round is a warm-up; median, and least to most, of the others."""
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
         if value < 1:
             raise ArgumentError(f"{name}: expected at least 1, got {value}")
@@ -35,7 +35,7 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
         bandwidth, peak = limits.read_bandwidth(executor.threads), peak_of(executor.threads)
         rng = np.random.default_rng(i)
         prefill = _prefill(model, rng.integers(0, executor.vocab_size, prompt_tokens).astype(np.int32))
-        decode = _decode(model, rng.integers(0, executor.vocab_size, new_tokens).astype(np.int32))
+        decode = _decode(model, int(rng.integers(0, executor.vocab_size)), new_tokens)
         if i:
             bandwidths.append(bandwidth)
             peaks.append(peak)
@@ -65,16 +65,10 @@ def _prefill(model: Model, token_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
     return seconds
 
 
-def _decode(model: Model, token_ids: np.ndarray[tuple[int], np.dtype[np.int32]]) -> float:
-    """Seconds for a token, the median."""
-    sequence = _sequence(model)
-    seconds = []
-    for i in range(len(token_ids)):
-        start = time.perf_counter()
-        model.executor.step([Rows(sequence, token_ids[i : i + 1])])
-        seconds.append(time.perf_counter() - start)
-    sequence.close()
-    return statistics.median(seconds)
+def _decode(model: Model, token_id: int, new_tokens: int) -> float:
+    """Seconds for a token of a generated text, after the first."""
+    done = model.generate([token_id], max_new_tokens=new_tokens + 1, temperature=0, ignore_eos=True)
+    return float(done.usage.decode_seconds / (done.usage.completion_tokens - 1))
 
 
 def _sequence(model: Model) -> Sequence:

@@ -34,7 +34,7 @@ from .sampling import Draw, Drawn, Sampler, draw_ahead
 
 Floats = NDArray[np.float32]
 
-AHEAD_STEPS, AHEAD_SECONDS = 8, 1 / 60  # most that the engine decodes by itself: nobody sees text come in such portions
+AHEAD_STEPS, AHEAD_SECONDS = 8, 1 / 30  # most that the engine decodes by itself: nobody sees text come in such portions
 DRAFT_ROWS = 12  # most rows of a step with guesses: so many are one stream of weights from memory, more are not
 
 

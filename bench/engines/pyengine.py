@@ -1,4 +1,4 @@
-"""pyengine: this project, by the same `Executor.step` that its own generation calls."""
+"""pyengine: this project, by what its own scheduler calls: `Executor.step`, and `Executor.decode` for as many steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from pyengine import load
 from pyengine.errors import ArgumentError
 from pyengine.executor import Rows
 from pyengine.kv import Sequence
+from pyengine.sampling import Draw
+from pyengine.scheduler import AHEAD_SECONDS, AHEAD_STEPS
+
+GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample_index=0, position=0, stop_ids=frozenset())
 
 
 class Engine(Base):
@@ -24,23 +28,24 @@ class Engine(Base):
     def __init__(self, files: Path, variant: str, threads: int) -> None:
         try:
             # Without the prefix cache KV pages are used again from prompt to prompt, as the other engines do.
-            self.executor = load(files, variant, threads, prefix_cache=False).executor
+            model = load(files, variant, threads, prefix_cache=False)
         except ArgumentError as error:
             raise NotAvailable(str(error)) from error
+        self.executor, self.works = model.executor, model.runner.scheduler.works
 
     def generate(self, prompts: Prompts, n_new: int) -> Run:
-        tokens: list[list[int]] = [[] for _ in prompts]
-        seconds = []
         sequences = [self.executor.new_sequence() for _ in prompts]
         start = time.perf_counter()
         logits = self._prefill(sequences, [np.array(prompt, np.int32) for prompt in prompts])
-        for i in range(n_new):
-            if i:
-                rows = [Rows(s, np.array(t[-1:], np.int32)) for s, t in zip(sequences, tokens, strict=True)]
-                logits = self.executor.step(rows)
-            for new, best in zip(tokens, logits.argmax(1).tolist(), strict=True):
-                new.append(best)
-            seconds.append(time.perf_counter() - start)
+        tokens = [[best] for best in logits.argmax(1).tolist()]
+        seconds = [time.perf_counter() - start]
+        while len(seconds) < n_new:
+            rows = [Rows(s, np.array(t[-1:], np.int32)) for s, t in zip(sequences, tokens, strict=True)]
+            n = min(n_new - len(seconds), AHEAD_STEPS)
+            for step in self.executor.decode(rows, [GREEDY] * len(rows), n, AHEAD_SECONDS, self.works, bool):
+                for new, drawn in zip(tokens, step, strict=True):
+                    new.append(drawn.token_id)
+                seconds.append(time.perf_counter() - start)
         for sequence in sequences:
             sequence.close()
         return Run(tokens, seconds)
