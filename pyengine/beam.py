@@ -30,7 +30,7 @@ from .executor import Executor, Rows
 from .generation import Job
 from .kv import Sequence
 from .sampling import Adjustments, TokenLogprob, token_logprob
-from .scheduler import Floats, Task
+from .task import Floats, Task
 
 REFUSED = 2  # tokens, after which a constraint's mask is made: it costs as much as a few questions
 

@@ -19,8 +19,8 @@ from .executor import Executor, Rows
 from .kv import PAGE, NoPages, Sequence
 from .params import SamplingParams
 from .sampling import Draw, Drawn, Sampler, TokenLogprob
-from .scheduler import Floats, Task
 from .speculation import Speculation
+from .task import Floats, Task
 from .window import Window
 
 Ids = NDArray[np.int32]

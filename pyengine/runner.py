@@ -20,7 +20,8 @@ from typing import Any, Generic, TypeVar
 
 from .completion import Piece
 from .errors import ArgumentError
-from .scheduler import Scheduler, Task
+from .scheduler import Scheduler
+from .task import Task
 
 T = TypeVar("T")
 
@@ -66,6 +67,10 @@ class Request(Future[T], Generic[T]):
         way = self._way
         if way is not None and way[0].is_here():
             raise ArgumentError("request: expected to be waited for outside of callbacks, got a wait in one")
+
+    def watched(self) -> bool:
+        """Whether somebody iterates."""
+        return bool(self._watchers)
 
     def push(self, piece: Piece) -> None:
         """Adds a piece; for the thread that steps."""
@@ -196,6 +201,7 @@ class Runner:
         self.scheduler.check(task)
         request: Request[T] = Request(self, task)
         task.on_piece = request.push
+        task.watched = request.watched
         task.on_end = lambda: request.settle(task, result)
         self._inbox.put(lambda scheduler: scheduler.add(task))
         self._ensure_thread()

@@ -14,7 +14,7 @@ from .errors import ArgumentError, ArgumentTypeError
 from .executor import Executor, Rows
 from .generation import Ids, check_token_ids
 from .kv import PAGE
-from .scheduler import Floats, Task
+from .task import Floats, Task
 
 MOST_LOGITS = 64  # rows of logits that are wanted of one step
 

@@ -20,7 +20,7 @@ from .kv import PAGE, Sequence
 from .params import SamplingParams
 from .runner import Request, Runner, Stream
 from .saved import load_state, save_state
-from .scheduler import Floats, Task
+from .task import Floats, Task
 from .window import Window
 
 

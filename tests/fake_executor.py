@@ -17,7 +17,8 @@ from pyengine.executor import Rows
 from pyengine.generation import Generation, Job
 from pyengine.kv import UNLIMITED
 from pyengine.sampling import Draw, Drawn
-from pyengine.scheduler import Scheduler, Task
+from pyengine.scheduler import Scheduler
+from pyengine.task import Task
 
 
 class FakePool:

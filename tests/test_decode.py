@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pyengine.generation import Generation, Job
 from pyengine.kv import PAGE, Sequence
 from pyengine.params import SamplingParams
 from pyengine.sampling import Draw, Drawn, Sampler
-from pyengine.scheduler import AHEAD_STEPS, Scheduler
+from pyengine.scheduler import AHEAD_SECONDS, AHEAD_STEPS, WATCHED_SECONDS, Scheduler
 
 VOCAB = 97
 PROMPTS = [[3, 4, 5], [7] * (PAGE - 3), [1], list(range(90))]
@@ -194,3 +195,32 @@ def test_pieces_are_those_of_single_steps(model: pyengine.Model, monkeypatch: py
     pieces = list(model.stream([1, 2], max_new_tokens=21, seed=1, ignore_eos=True))
     monkeypatch.setattr("pyengine.scheduler.AHEAD_STEPS", 1)
     assert list(model.stream([1, 2], max_new_tokens=21, seed=1, ignore_eos=True)) == pieces
+
+
+def test_smaller_portions_while_somebody_watches(model: pyengine.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+    decode = Executor.decode
+
+    def noted(*args: Any) -> Any:
+        seconds.append(args[4])
+        return decode(*args)
+
+    monkeypatch.setattr(Executor, "decode", noted)
+    scheduler = Scheduler(model.executor)
+    for n, watched in ((20, True), (99, False)):
+        task = Generation(model.executor, Job(np.array([1], np.int32), SamplingParams(max_new_tokens=n)))
+        task.watched = partial(bool, watched)
+        scheduler.add(task)
+    while scheduler.busy:
+        scheduler.step()
+    assert set(seconds[:3]) == {WATCHED_SECONDS} and seconds[-1] == AHEAD_SECONDS
+
+
+def test_who_iterates_watches(model: pyengine.Model) -> None:
+    request = model.submit([1, 2], max_new_tokens=8, ignore_eos=True)
+    assert not request.watched()
+    pieces = iter(request)
+    next(pieces)
+    assert request.watched()
+    assert len(list(pieces)) == 7
+    assert not request.watched()

@@ -18,6 +18,7 @@ LAYERS = [
     ["plan", "config", "sampling", "cgroup", "prefix", "window"],
     ["architectures", "completion", "cost", "checkpoint", "equalize", "kv", "threads"],
     ["tokenizer", "weights", "executor", "memory"],
+    ["task"],
     ["scheduler", "speculation"],
     ["generation", "runner"],
     ["beam", "scoring", "saved"],

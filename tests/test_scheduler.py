@@ -21,9 +21,10 @@ from pyengine.generation import Generation, Job
 from pyengine.kv import PAGE, KVPool, Sequence
 from pyengine.params import SamplingParams
 from pyengine.saved import load_state, save_state
-from pyengine.scheduler import Scheduler, Task, shares, stats
+from pyengine.scheduler import Scheduler, shares, stats
 from pyengine.scoring import Logits, Scoring
 from pyengine.speculation import Speculation
+from pyengine.task import Task
 
 N_SCHEDULE = 2500
 CONTEXT = 3 * PAGE + 20
