@@ -300,7 +300,7 @@ def test_bench() -> None:
     assert (code, err) == (0, "")
     header, limits, prefill, decode = out.splitlines()
     assert header.startswith("gpt2, 5,918,720 parameters, int8, KV bfloat16, 1 threads, ")
-    assert re.fullmatch(r"limits: [\d.]+ GB/s read, [\d,]+ GOPS int8", limits)
+    assert re.fullmatch(r"limits: [\d.]+ GB/s read \(6 MB\), [\d,]+ GOPS int8", limits)
     assert re.match(r"prefill +20 tokens +[\d,.]+ tokens/s \([\d,.]+ to [\d,.]+\) +\d+% of the peak", prefill)
     assert re.match(r"decode +3 tokens +[\d,.]+ tokens/s .* GB/s of weights, \d+% of the read bandwidth", decode)
 

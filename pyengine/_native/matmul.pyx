@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 # A unit of work: so many columns of all rows, or of a block of rows where there are many. With at most FEW_ROWS a product is cut
-# into some units a thread, of at least 4 panels and UNIT_BYTES: taking a unit costs what a core takes to hear from another.
+# into some units a thread, of at least 4 panels and UNIT_BYTES: what others can help it with at the end. Smaller ones gain nothing.
 cdef enum:
     BLOCK_ROWS = 96
     BLOCK_PANELS = 8
