@@ -14,7 +14,7 @@ from .executor import Rows
 from .kv import Sequence
 from .model import Model
 
-# Weights that may stay in the caches from step to step stand beside reading as much from there, others beside the memory.
+# Weights that caches may keep from step to step stand beside reading as much from there, others beside the memory.
 CACHED_BYTES, UNCACHED_BYTES = 32 << 20, 256 << 20
 
 
