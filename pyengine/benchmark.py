@@ -9,13 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from ._native import limits
+from .cost import CACHE_BYTES
 from .errors import ArgumentError
 from .executor import Rows
-from .kv import Sequence
 from .model import Model
 
-# Weights that caches may keep from step to step stand beside reading as much from there, others beside the memory.
-CACHED_BYTES, UNCACHED_BYTES = 32 << 20, 256 << 20
+UNCACHED_BYTES = 256 << 20  # so many come from memory, whatever the caches hold
 
 
 def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Iterator[str]:
@@ -32,7 +31,8 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
     )
     multiplied = "int8" if model.dtype == "int4" else model.dtype
     peak_of = {"float32": limits.peak_float32, "bfloat16": limits.peak_bfloat16, "int8": limits.peak_int8}[multiplied]
-    n_read = int(cost.decode_bytes) if cost.decode_bytes <= CACHED_BYTES else UNCACHED_BYTES
+    # Weights that caches may keep from step to step stand beside reading as much from there.
+    n_read = int(cost.decode_bytes) if cost.decode_bytes <= CACHE_BYTES else UNCACHED_BYTES
     unit = "GOPS" if multiplied == "int8" else "GFLOPS"
     bandwidths, peaks, prefills, decodes = [], [], [], []
     for i in range(rounds + 1):
@@ -59,8 +59,13 @@ def run(model: Model, prompt_tokens: int, new_tokens: int, rounds: int) -> Itera
 
 
 def _prefill(model: Model, token_ids: np.ndarray[tuple[int], np.dtype[np.int32]]) -> float:
-    """Seconds until the logits of the last token are there."""
-    sequence = _sequence(model)
+    """Seconds until the logits of the last token are there.
+
+    The pages are used again by the next prompt, as those of a process that has run for a while: memory that is touched
+    for the first time is the system's time, which differs by ten from machine to machine.
+    """
+    sequence = model.executor.new_sequence()
+    sequence.publishes = False
     start = time.perf_counter()
     for first in range(0, len(token_ids), model.executor.max_rows):
         model.executor.step([Rows(sequence, token_ids[first : first + model.executor.max_rows])])
@@ -73,15 +78,6 @@ def _decode(model: Model, token_id: int, new_tokens: int) -> float:
     """Seconds for a token of a generated text, after the first."""
     done = model.generate([token_id], max_new_tokens=new_tokens + 1, temperature=0, ignore_eos=True)
     return float(done.usage.decode_seconds / (done.usage.completion_tokens - 1))
-
-
-def _sequence(model: Model) -> Sequence:
-    """One whose pages are used again by the next, as those of a process that has run for a while: memory that is
-    touched for the first time is the system's time, which differs by ten from machine to machine.
-    """
-    sequence = model.executor.new_sequence()
-    sequence.publishes = False
-    return sequence
 
 
 def _rates(seconds: list[float], n: int) -> str:

@@ -19,7 +19,8 @@ cdef extern from "team.h" nogil:
 #         ...
 #         unit = claim(worker, n_unit)
 #     sync(worker, n_unit)
-# After sync the work of all threads can be read.
+# After sync the work of all threads can be read. A thread's units come in ascending order as long as they are of its own share;
+# then those of others, from the end of each: a loop that walks along must be able to go back.
 ctypedef struct Worker:
     int index
     int n_threads  # of the region

@@ -3,6 +3,8 @@
 
 import os
 
+import numpy as np
+
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
@@ -120,8 +122,6 @@ def taken(int threads, int64_t n_phase, int64_t n_unit, int64_t n_late):
 
     n_late of more than one thread come when the others have done everything.
     """
-    import numpy as np
-
     counts = np.zeros((n_phase, n_unit), np.int64)
     cdef int64_t[:, ::1] view = counts
     cdef Taken task
