@@ -82,8 +82,9 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
 
 PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
 
-PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
-                       const pe_output *out, pe_ahead ahead)
+/* `ready`: its groups, if they are made ready already. */
+PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_group_q8 *ready, const pe_weights_q8 *w, int64_t panel,
+                          const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP, panel_bytes = q8_panel_bytes(w);
@@ -105,8 +106,10 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
         const int64_t first = g * (PE_GROUP / 4);
         const int64_t last = first + PE_GROUP / 4 < n_quad ? first + PE_GROUP / 4 : n_quad;
-        vq_group_q8 ready;
-        vq_make_ready(&ready, rows, x->q + 4 * first, x->stride, last - first);
+        vq_group_q8 own;
+        if (!ready)
+            vq_make_ready(&own, rows, x->q + 4 * first, x->stride, last - first);
+        const vq_group_q8 *group = ready ? ready + g : &own;
         vi acc[12][4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
@@ -117,10 +120,10 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
         }
 #ifdef PE_Q8_FAST
         if (rows <= PE_Q8_FAST && panels == 1 && last - first == PE_GROUP / 4)
-            stream_q8(rows, &ready, quads + first * 4 * PE_LANES, acc);
+            stream_q8(rows, group, quads + first * 4 * PE_LANES, acc);
         else
 #endif
-            group_q8(rows, panels, &ready, quads + first * 4 * PE_LANES, panel_bytes, last - first,
+            group_q8(rows, panels, group, quads + first * 4 * PE_LANES, panel_bytes, last - first,
                      quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
@@ -142,7 +145,52 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
     }
 }
 
+PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel, const pe_output *out,
+                       pe_ahead ahead)
+{
+    tile_q8_of(rows, panels, x, 0, w, panel, out, ahead);
+}
+
 PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
+
+/* Making activations ready takes a tenth of a tile's time, so it is done once for the tiles beside each other whose weights fit the
+ * L2 cache, where the next rows find them. Few rows, which wait for memory, want fewer weights at a time. */
+#ifdef PE_OWN_GROUP
+enum { READY_BYTES = 384 << 10, READY_BYTES_FEW = 128 << 10, READY_FEW_ROWS = 24, READY_PANELS = 6,
+       READY_GROUPS = READY_BYTES / READY_PANELS / (PE_GROUP * PE_LANES) };
+
+/* How many panels are done at a time; with less than READY_PANELS it isn't worth it. */
+PE_INLINE int64_t ready_panels(int64_t n_row, const pe_weights_q8 *w)
+{
+    return (n_row < READY_FEW_ROWS ? READY_BYTES_FEW : READY_BYTES) / q8_panel_bytes(w) / 2 * 2;
+}
+
+static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
+                         const pe_output *out)
+{
+    const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
+    const int64_t n_tile = (n_row + PE_Q8_ROWS_2 - 1) / PE_Q8_ROWS_2, fit = ready_panels(n_row, w);
+    vq_group_q8 ready[READY_GROUPS];
+    for (int64_t done = 0, wide; done < n_panel; done += wide) {
+        wide = n_panel - done < fit ? n_panel - done : fit;
+        for (int64_t t = 0, row = 0; t < n_tile; t++) {
+            const int64_t n = (n_row - row) / (n_tile - t);
+            const pe_rows_q8 from = q8_from(x, row);
+            const pe_ahead ahead = pe_ahead_of(t, n_tile, wide, q8_panel_bytes(w));
+            for (int64_t g = 0, left = n_quad; g < n_group; g++, left -= PE_GROUP / 4)
+                vq_make_ready(&ready[g], (int)n, from.q + g * PE_GROUP, x->stride, left < PE_GROUP / 4 ? left : PE_GROUP / 4);
+            for (int64_t p = done; p < done + wide; p += 2) {
+                const pe_output to = output_at(out, row, panel + p);
+                if (p + 1 < n_panel)
+                    PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, &from, ready, w, panel + p, &to, ahead))
+                else
+                    PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, &from, ready, w, panel + p, &to, ahead))
+            }
+            row += n;
+        }
+    }
+}
+#endif
 
 #define q4_from q8_from
 
@@ -264,6 +312,12 @@ PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
+#ifdef PE_OWN_GROUP
+    if (n_row > PE_Q8_ROWS_2 && ready_panels(n_row, w) >= READY_PANELS) {
+        panels_ready(x, n_row, w, panel, n_panel, out);
+        return;
+    }
+#endif
     panels_q8(x, n_row, w, panel, n_panel, out);
 }
 

@@ -89,22 +89,32 @@ def test_matmul_int8_is_exact(level: str, n: int) -> None:
             assert np.array_equal(matmul(x, pack(w, "int8")), exact.astype(np.float32))
 
 
-@pytest.mark.parametrize("n_row", ROWS)
-def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
+def check_int8(n_row: int, n_out: int, n_in: int) -> None:
     """Quantised activations times quantised weights, summed in float64, is what comes out."""
     rng = np.random.default_rng(n_row)
+    x = (rng.standard_normal((n_row, n_in)) + rng.standard_normal((n_row, 1))).astype(np.float32)
+    w = rng.standard_normal((n_out, n_in)).astype(np.float32)
+    packed = pack(w, "int8")
+    weights = np.stack([packed.row(i) for i in range(n_out)]).astype(np.float64)
+    q, scale, offset = quantize(x)
+    group = np.arange(n_in) // 128
+    values = scale[:, group].astype(np.float64) * (q.astype(np.int64) + offset[:, group])
+    bound = 2.0**-22 * (np.abs(values) @ np.abs(weights).T)
+    assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= bound).all()
+    assert (np.abs(values - x) <= scale[:, group] * 0.75).all()
+    assert (np.abs(weights - w) <= np.abs(w).max(1, keepdims=True) / 127 * 0.501).all()
+
+
+@pytest.mark.parametrize("n_row", ROWS)
+def test_matmul_int8_is_what_its_integers_say(level: str, n_row: int) -> None:
     for n_out, n_in in ((16, 7), (40, 300), (130, 128), (65, 257)):
-        x = (rng.standard_normal((n_row, n_in)) + rng.standard_normal((n_row, 1))).astype(np.float32)
-        w = rng.standard_normal((n_out, n_in)).astype(np.float32)
-        packed = pack(w, "int8")
-        weights = np.stack([packed.row(i) for i in range(n_out)]).astype(np.float64)
-        q, scale, offset = quantize(x)
-        group = np.arange(n_in) // 128
-        values = scale[:, group].astype(np.float64) * (q.astype(np.int64) + offset[:, group])
-        bound = 2.0**-22 * (np.abs(values) @ np.abs(weights).T)
-        assert (np.abs(matmul(x, packed, 2) - values @ weights.T) <= bound).all()
-        assert (np.abs(values - x) <= scale[:, group] * 0.75).all()
-        assert (np.abs(weights - w) <= np.abs(w).max(1, keepdims=True) / 127 * 0.501).all()
+        check_int8(n_row, n_out, n_in)
+
+
+@pytest.mark.parametrize(("n_row", "n_out", "n_in"), [(50, 130, 4000), (24, 230, 4097), (7, 200, 1300)])
+def test_matmul_int8_in_parts(level: str, n_row: int, n_out: int, n_in: int) -> None:
+    """More weights than are done at a time, or so long rows that it isn't by rows."""
+    check_int8(n_row, n_out, n_in)
 
 
 @pytest.mark.parametrize("n_row", ROWS)
