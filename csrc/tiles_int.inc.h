@@ -153,40 +153,60 @@ PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 
 PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 
-/* Making activations ready takes a tenth of a tile's time, so it is done once for the tiles beside each other whose weights fit the
- * L2 cache, where the next rows find them. Few rows, which wait for memory, want fewer weights at a time. */
+/* Making activations ready takes a tenth of a tile's time, so it is done once for many panels. Few rows, which wait for memory, have
+ * all of it done first and then go panel by panel. Of many rows a tile's are made ready, and go by as many panels as the L2 cache
+ * holds for the next ones: more activations than that would come from there at twice their size. */
 #ifdef PE_OWN_GROUP
-enum { READY_BYTES = 384 << 10, READY_BYTES_FEW = 128 << 10, READY_FEW_ROWS = 24, READY_PANELS = 6,
-       READY_GROUPS = READY_BYTES / READY_PANELS / (PE_GROUP * PE_LANES) };
+enum {
+    READY_FEW = 4, /* tiles */
+    READY_GROUPS = READY_FEW * 32,
+    READY_BYTES = 384 << 10,
+    READY_PANELS = 6 /* with fewer it isn't worth it */
+};
 
-/* How many panels are done at a time; with less than READY_PANELS it isn't worth it. */
-PE_INLINE int64_t ready_panels(int64_t n_row, const pe_weights_q8 *w)
+PE_INLINE int64_t q8_groups(const pe_weights_q8 *w) { return (w->k + PE_GROUP - 1) / PE_GROUP; }
+PE_INLINE int64_t q8_tiles(int64_t n_row) { return (n_row + PE_Q8_ROWS_2 - 1) / PE_Q8_ROWS_2; }
+
+PE_INLINE int worth_ready(int64_t n_row, const pe_weights_q8 *w)
 {
-    return (n_row < READY_FEW_ROWS ? READY_BYTES_FEW : READY_BYTES) / q8_panel_bytes(w) / 2 * 2;
+    return n_row > 1 && (q8_tiles(n_row) <= READY_FEW ? q8_tiles(n_row) * q8_groups(w) <= READY_GROUPS
+                                                      : READY_PANELS * q8_panel_bytes(w) <= READY_BYTES);
+}
+
+/* Rows [row, row + n), n at most a tile's. */
+static void make_ready_q8(const pe_rows_q8 *x, int64_t row, int64_t n, const pe_weights_q8 *w, vq_group_q8 *ready)
+{
+    for (int64_t k = 0; k < w->k; k += PE_GROUP) {
+        const int64_t left = (w->k - k + 3) / 4;
+        vq_make_ready(ready++, (int)n, x->q + row * x->stride + k, x->stride, left < PE_GROUP / 4 ? left : PE_GROUP / 4);
+    }
 }
 
 static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                          const pe_output *out)
 {
-    const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
-    const int64_t n_tile = (n_row + PE_Q8_ROWS_2 - 1) / PE_Q8_ROWS_2, fit = ready_panels(n_row, w);
+    const int64_t n_tile = q8_tiles(n_row), together = n_tile <= READY_FEW ? n_tile : 1;
+    const int64_t fit = together == n_tile ? n_panel : READY_BYTES / q8_panel_bytes(w) / 2 * 2;
     vq_group_q8 ready[READY_GROUPS];
-    for (int64_t done = 0, wide; done < n_panel; done += wide) {
-        wide = n_panel - done < fit ? n_panel - done : fit;
-        for (int64_t t = 0, row = 0; t < n_tile; t++) {
-            const int64_t n = (n_row - row) / (n_tile - t);
-            const pe_rows_q8 from = q8_from(x, row);
-            const pe_ahead ahead = pe_ahead_of(t, n_tile, wide, q8_panel_bytes(w));
-            for (int64_t g = 0, left = n_quad; g < n_group; g++, left -= PE_GROUP / 4)
-                vq_make_ready(&ready[g], (int)n, from.q + g * PE_GROUP, x->stride, left < PE_GROUP / 4 ? left : PE_GROUP / 4);
-            for (int64_t p = done; p < done + wide; p += 2) {
-                const pe_output to = output_at(out, row, panel + p);
-                if (p + 1 < n_panel)
-                    PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, &from, ready, w, panel + p, &to, ahead))
-                else
-                    PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, &from, ready, w, panel + p, &to, ahead))
+    for (int64_t done = 0; done < n_panel; done += fit) {
+        const int64_t end = n_panel - done < fit ? n_panel : done + fit;
+        for (int64_t first = 0; first < n_tile; first += together) {
+            for (int64_t t = first; t < first + together; t++) {
+                const int64_t row = t * n_row / n_tile, n = (t + 1) * n_row / n_tile - row;
+                make_ready_q8(x, row, n, w, ready + (t - first) * q8_groups(w));
             }
-            row += n;
+            for (int64_t p = done; p < end; p += 2)
+                for (int64_t t = first; t < first + together; t++) {
+                    const int64_t row = t * n_row / n_tile, n = (t + 1) * n_row / n_tile - row;
+                    const pe_rows_q8 from = q8_from(x, row);
+                    const pe_output to = output_at(out, row, panel + p);
+                    const vq_group_q8 *made = ready + (t - first) * q8_groups(w);
+                    const pe_ahead ahead = pe_ahead_of(t, n_tile, together == n_tile ? 2 : end - done, q8_panel_bytes(w));
+                    if (p + 1 < n_panel)
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, &from, made, w, panel + p, &to, ahead))
+                    else
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, &from, made, w, panel + p, &to, ahead))
+                }
         }
     }
 }
@@ -313,7 +333,7 @@ static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w
                       const pe_output *out)
 {
 #ifdef PE_OWN_GROUP
-    if (n_row > PE_Q8_ROWS_2 && ready_panels(n_row, w) >= READY_PANELS) {
+    if (worth_ready(n_row, w)) {
         panels_ready(x, n_row, w, panel, n_panel, out);
         return;
     }
