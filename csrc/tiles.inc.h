@@ -96,4 +96,5 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
     }
 
 #include "tiles_float.inc.h"
-#include "tiles_int.inc.h"
+#include "tiles_int8.inc.h"
+#include "tiles_int4.inc.h"

@@ -164,7 +164,15 @@ def test_matmul_int4_rows(level: str, n_row: int) -> None:
         check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
 
 
-@pytest.mark.parametrize("n_row", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize(("n_row", "n_out", "n_in"), [(24, 50, 4096), (25, 40, 4090), (24, 20, 4097)])
+def test_matmul_int4_of_long_rows(level: str, n_row: int, n_out: int, n_in: int) -> None:
+    """As long as can be unpacked for many rows, and longer."""
+    rng = np.random.default_rng(n_in)
+    x = rng.standard_normal((n_row, n_in)) + 5 * rng.standard_normal((n_row, 1))
+    check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
+
+
+@pytest.mark.parametrize("n_row", [1, 2, 3, 4, 5, 9, 24])
 def test_matmul_int4_does_not_saturate(level: str, n_row: int) -> None:
     """Activations of 255 times the codebook's largest value, which is what equal weights get."""
     x = np.full((n_row, 256), 255, np.float32)

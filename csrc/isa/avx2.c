@@ -40,6 +40,21 @@ PE_INLINE void vq_dot(vi *acc, vq_a a, vq_w w)
     dot(&acc->h, a, w.h);
 }
 
+/* The same with weights that come from memory each time and take no registers. */
+PE_INLINE void vq_dot_at(vi *acc, vq_a a, const int8_t *quads)
+{
+    const __m256i *w = (const __m256i *)quads;
+#if PE_MSVC
+    vq_dot(acc, a, (vi){_mm256_loadu_si256(w), _mm256_loadu_si256(w + 1)});
+#else
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i product;
+    __asm__("vpmaddubsw %3, %5, %2\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %0, %0\n\t"
+            "vpmaddubsw %4, %5, %2\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %1, %1"
+            : "+x"(acc->l), "+x"(acc->h), "=&x"(product) : "m"(w[0]), "m"(w[1]), "x"(a), "x"(one));
+#endif
+}
+
 /* What the peak of int8 is measured with: as many instructions as its products take (dot_flipped). */
 PE_INLINE void peak_dot(vi *acc, vq_a a, vq_w w) { vq_dot(acc, a, (vi){_mm256_xor_si256(w.l, a), _mm256_xor_si256(w.h, a)}); }
 #define vq_peak_dot peak_dot
@@ -55,6 +70,7 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
+#define PE_Q4_UNPACK 24
 
 /* int8 activations are made ready once for a group, not once for each panel: each is then two loads. They are less 128, and the bits
  * of weights are flipped where that is negative: |a| * ~w = a * w - |a|; `flipped` is the sum of these |a|. */

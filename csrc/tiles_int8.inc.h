@@ -1,4 +1,4 @@
-/* Tiles of int8 and int4 weights, with int8 activations. Included by tiles.inc.h. */
+/* Tiles of int8 weights and int8 activations. Included by tiles.inc.h. */
 
 PE_INLINE pe_rows_q8 q8_from(const pe_rows_q8 *x, int64_t row)
 {
@@ -212,123 +212,6 @@ static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8
 }
 #endif
 
-#define q4_from q8_from
-
-#ifndef PE_Q4_READS_SUMS
-#define PE_Q4_READS_SUMS 0
-#endif
-#ifndef PE_Q4_ORIGIN
-#define PE_Q4_ORIGIN PE_Q8_ORIGIN
-#endif
-
-/* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum, unless they are read; quad: its first
- * in `x`. */
-PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, const uint8_t *nibbles, int64_t panel_stride,
-                        const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
-{
-    enum { OCTETS = PE_Q4_GROUP / 8 };
-    PE_UNROLL
-    for (int p = 0; p < panels; p++) {
-        column_sum[p] = vi_set(0);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            acc[r][p] = vi_set(0);
-    }
-    for (int i = 0; i < OCTETS; i++) {
-        vq_w low[4], high[4];
-        PE_UNROLL
-        for (int p = 0; p < panels; p++) {
-            vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
-            PE_PREFETCH_WEIGHTS(panels, PE_Q4_MANY, next + p * panel_stride + i * pace);
-#if !PE_Q4_READS_SUMS
-            vq_sum(&column_sum[p], low[p], high[p]);
-#endif
-        }
-        PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            vq_a first = vq_ready(x, r, quad + 2 * i), second = vq_ready(x, r, quad + 2 * i + 1);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                vq_dot(&acc[r][p], first, low[p]);
-                vq_dot(&acc[r][p], second, high[p]);
-            }
-        }
-    }
-    if (PE_Q4_ORIGIN)
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            PE_UNROLL
-            for (int r = 0; r < rows; r++)
-                acc[r][p] = vi_add(acc[r][p], vi_mul(vi_set(PE_Q4_ORIGIN), column_sum[p]));
-}
-
-enum { PE_Q4_GROUP_BYTES = PE_Q4_GROUP / 2 * PE_LANES };
-
-PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
-{
-    return (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP_BYTES;
-}
-
-PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
-                       const pe_output *out, pe_ahead ahead)
-{
-    enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
-    const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
-    const int64_t n_sum = (n_group + PARTS - 1) / PARTS;
-    const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
-    const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
-    PE_ALIGNED float sums[12 * 4 * PE_LANES];
-    prefetch_tile(rows, panels, out);
-    for (int i = 0; i < rows * panels; i++)
-        vf_store(sums + i * PE_LANES, vf_set(0.0f));
-    for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
-        const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
-        PE_ALIGNED float part[12 * 4 * PE_LANES];
-        vf weight_sum[4];
-        const vq_group at = {x->q + g * PE_GROUP, x->stride};
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            weight_sum[p] = PE_Q4_READS_SUMS ? vf_load(weight_sums + (p * n_sum + g) * PE_LANES) : vf_set(0.0f);
-        for (int i = 0; i < rows * panels; i++)
-            vf_store(part + i * PE_LANES, vf_set(0.0f));
-        for (int64_t i = first; i < last; i++) {
-            vi acc[12][4], column_sum[4];
-            group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
-                     nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
-                if (!PE_Q4_READS_SUMS)
-                    weight_sum[p] = vf_mad(scale, vi_to_float(column_sum[p]), weight_sum[p]);
-                PE_UNROLL
-                for (int r = 0; r < rows; r++) {
-                    float *sum = part + (r * panels + p) * PE_LANES;
-                    vf_store(sum, vf_mad(scale, vi_to_float(acc[r][p]), vf_load(sum)));
-                }
-            }
-        }
-        PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]), offset = vf_set((float)x->offset[r * x_groups + g]);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                float *sum = sums + (r * panels + p) * PE_LANES;
-                const vf centred = vf_mad(offset, weight_sum[p], vf_load(part + (r * panels + p) * PE_LANES));
-                vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
-            }
-        }
-    }
-    PE_UNROLL
-    for (int p = 0; p < panels; p++) {
-        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
-    }
-}
-
-PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
-
 static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                       const pe_output *out)
 {
@@ -339,10 +222,4 @@ static void matmul_q8(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w
     }
 #endif
     panels_q8(x, n_row, w, panel, n_panel, out);
-}
-
-static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
-                      const pe_output *out)
-{
-    panels_q4(x, n_row, w, panel, n_panel, out);
 }
