@@ -1,7 +1,7 @@
 /* The contract between the loops (pyengine/_native, Cython) and the tiles (csrc/isa): one `pe_kernels` is one SIMD level.
  *
  * Who may call: pyengine/_native alone, from any thread. Kernels start no thread, allocate nothing, print nothing and can't
- * fail; the caller has checked every size. They take up to 140 KB of the stack. Kernels of different threads may share inputs, never
+ * fail; the caller has checked every size. They take up to 112 KB of the stack. Kernels of different threads may share inputs, never
  * an output.
  *
  * Numerics. A vector is 16 lanes at every level, whatever the registers' width, and a kernel is the same sequence of

@@ -58,27 +58,20 @@ PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
 }
 
 #ifdef PE_Q4_UNPACK
-/* The same with weights as int8 quads. */
-PE_INLINE void unpacked_q4(int rows, int panels, const vq_group *x, int64_t quad, const int8_t *quads, int64_t panel_stride,
-                           vi acc[12][4])
+/* The same of one panel, with weights as int8 quads. */
+PE_INLINE void unpacked_q4(int rows, const vq_group *x, int64_t quad, const int8_t *quads, vi acc[12][4])
 {
     PE_UNROLL
-    for (int p = 0; p < panels; p++)
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            acc[r][p] = vi_set(0);
+    for (int r = 0; r < rows; r++)
+        acc[r][0] = vi_set(0);
     for (int i = 0; i < PE_Q4_GROUP / 4; i++)
         PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vq_a value = vq_ready(x, r, quad + i);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++)
-                vq_dot_at(&acc[r][p], value, quads + p * panel_stride + i * 4 * PE_LANES);
-        }
+        for (int r = 0; r < rows; r++)
+            vq_dot_at(&acc[r][0], vq_ready(x, r, quad + i), quads + i * 4 * PE_LANES);
 }
 #endif
 
-/* `unpacked`: its panels' weights as int8 quads, if they are unpacked already. */
+/* `unpacked`: the panel's weights as int8 quads, if they are unpacked already; then it is one panel wide. */
 PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const int8_t *unpacked,
                           const pe_output *out, pe_ahead ahead)
 {
@@ -105,8 +98,7 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
             vi acc[12][4], column_sum[4];
 #ifdef PE_Q4_UNPACK
             if (unpacked)
-                unpacked_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), unpacked + i * PE_Q4_GROUP * PE_LANES,
-                            n_group * PE_Q4_GROUP * PE_LANES, acc);
+                unpacked_q4(rows, &at, (i - first) * (PE_Q4_GROUP / 4), unpacked + i * PE_Q4_GROUP * PE_LANES, acc);
             else
 #endif
                 group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
@@ -151,9 +143,12 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
 
 PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
-/* Many rows have two panels unpacked once, into the L2 cache; what is left are tiles as those of int8. */
+/* Many rows have a panel unpacked once, into the L2 cache; what is left are tiles as those of int8. Two panels at a time, or more rows,
+ * were slower. */
 #ifdef PE_Q4_UNPACK
-enum { UNPACKED_K = 4096 };
+enum { UNPACKED_BYTES = 96 << 10 };
+
+PE_INLINE int64_t unpacked_bytes(const pe_weights_q4 *w) { return 2 * q4_panel_bytes(w); }
 
 /* n lines of packed weights; with each a line of what comes behind them is asked for. */
 static void unpack_q4(const uint8_t *octets, int64_t n, int8_t *quads)
@@ -170,20 +165,17 @@ static void unpack_q4(const uint8_t *octets, int64_t n, int8_t *quads)
 static void panels_unpacked(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                             const pe_output *out)
 {
-    const int64_t n_tile = (n_row + PE_Q8_ROWS_2 - 1) / PE_Q8_ROWS_2, bytes = q4_panel_bytes(w);
-    PE_ALIGNED int8_t unpacked[2 * UNPACKED_K * PE_LANES];
-    for (int64_t p = 0; p < n_panel; p += 2) {
-        const int64_t width = n_panel - p < 2 ? 1 : 2;
-        unpack_q4(w->panels + (panel + p) * bytes, width * bytes / (4 * PE_LANES), unpacked);
+    enum { ROWS = 3 };
+    const int64_t n_tile = (n_row + ROWS - 1) / ROWS, bytes = q4_panel_bytes(w);
+    const pe_ahead none = {0, 0};
+    PE_ALIGNED int8_t unpacked[UNPACKED_BYTES];
+    for (int64_t p = panel; p < panel + n_panel; p++) {
+        unpack_q4(w->panels + p * bytes, bytes / (4 * PE_LANES), unpacked);
         for (int64_t t = 0; t < n_tile; t++) {
             const int64_t row = t * n_row / n_tile, n = (t + 1) * n_row / n_tile - row;
             const pe_rows_q8 from = q8_from(x, row);
-            const pe_output to = output_at(out, row, panel + p);
-            const pe_ahead none = {0, 0};
-            if (width == 2)
-                PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q4_of(rows, 2, &from, w, panel + p, unpacked, &to, none))
-            else
-                PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q4_of(rows, 1, &from, w, panel + p, unpacked, &to, none))
+            const pe_output to = output_at(out, row, p);
+            PE_FOR_ROWS(n, ROWS, tile_q4_of(rows, 1, &from, w, p, unpacked, &to, none))
         }
     }
 }
@@ -193,7 +185,7 @@ static void matmul_q4(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w
                       const pe_output *out)
 {
 #ifdef PE_Q4_UNPACK
-    if (n_row >= PE_Q4_UNPACK && w->k <= UNPACKED_K) {
+    if (n_row >= PE_Q4_UNPACK && unpacked_bytes(w) <= UNPACKED_BYTES) {
         panels_unpacked(x, n_row, w, panel, n_panel, out);
         return;
     }

@@ -159,7 +159,7 @@ PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
 #ifdef PE_OWN_GROUP
 enum {
     READY_FEW = 4, /* tiles */
-    READY_GROUPS = READY_FEW * 32,
+    READY_GROUPS = READY_FEW * 24,
     READY_BYTES = 384 << 10,
     READY_PANELS = 6 /* with fewer it isn't worth it */
 };

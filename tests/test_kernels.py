@@ -164,7 +164,7 @@ def test_matmul_int4_rows(level: str, n_row: int) -> None:
         check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
 
 
-@pytest.mark.parametrize(("n_row", "n_out", "n_in"), [(24, 50, 4096), (25, 40, 4090), (24, 20, 4097)])
+@pytest.mark.parametrize(("n_row", "n_out", "n_in"), [(24, 50, 6144), (25, 40, 6130), (24, 20, 6145)])
 def test_matmul_int4_of_long_rows(level: str, n_row: int, n_out: int, n_in: int) -> None:
     """As long as can be unpacked for many rows, and longer."""
     rng = np.random.default_rng(n_in)
