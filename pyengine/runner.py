@@ -25,6 +25,8 @@ from .task import Task
 
 T = TypeVar("T")
 
+END_SECONDS = 10.0  # a process waits so long for its threads: one may hang on a lock that an interrupted one has kept
+
 
 class Request(Future[T], Generic[T]):
     """A task on its way, as a future: `result(timeout)`, `cancel()`, `done()`, `exception()`, `add_done_callback`.
@@ -193,6 +195,7 @@ class Runner:
 
     def _open(self) -> None:
         self._inbox = Inbox()
+        self._starting = threading.Lock()
         self.may_step.set()
         weakref.finalize(self, self._inbox.close).atexit = False
 
@@ -214,7 +217,7 @@ class Runner:
         self.scheduler.stop_cancelled()
 
     def _ensure_thread(self) -> None:
-        with self._inbox.changed:
+        with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 arguments = (weakref.ref(self), self._inbox)
                 self._thread = threading.Thread(target=serve, args=arguments, name="pyengine", daemon=True)
@@ -235,13 +238,13 @@ class Runner:
                     return
                 self.scheduler.step(self._inbox.has_messages)
 
-    def close(self) -> None:
-        """Cancels all requests and ends the thread."""
+    def close(self, seconds: float | None = None) -> None:
+        """Cancels all requests and ends the thread; waits for that, for so many seconds at most."""
         self._inbox.put(lambda scheduler: scheduler.close())
         self._inbox.close()
         self.scheduler.executor.stop()
         if self._thread is not None and not self.is_here():
-            self._thread.join()
+            self._thread.join(seconds)
 
     def forget(self) -> None:
         """In a forked process: drops what the parent's threads were about, and lets a new thread start."""
@@ -256,37 +259,47 @@ Message = Callable[[Scheduler], None]
 
 
 class Inbox:
-    """What the thread is told. It doesn't know the runner, so that a model that nobody uses any more can go."""
+    """What the thread is told. It doesn't know the runner, so that a model that nobody uses any more can go.
+
+    `put` is C, and Ctrl-C comes before or after it. In a `threading.Condition`, which is Python, it may come between
+    taking the lock and the block that gives it back; then the thread waits forever, and the process for the thread.
+    """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.messages: deque[Message] = deque()
-        self.closed = False
+        self._queue: SimpleQueue[Message | None] = SimpleQueue()  # None: there will be no more
+        self._heard: deque[Message] = deque()  # by `wait`, not taken yet
+        self._closed = False
 
     def put(self, message: Message) -> None:
-        with self.changed:
-            self.messages.append(message)
-            self.changed.notify()
+        self._queue.put(message)
 
     def has_messages(self) -> bool:
         """Whether somebody waits to be heard."""
-        return bool(self.messages)
+        return bool(self._heard) or not self._queue.empty()
 
     def take(self) -> Iterator[Message]:
         """Those that are there, for the only thread that takes any."""
-        while self.messages:
-            yield self.messages.popleft()
+        while self.has_messages():
+            if not self._heard:
+                self._hear()
+            while self._heard:
+                yield self._heard.popleft()
 
     def wait(self) -> bool:
         """Waits for messages; False if there will be none."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.messages or self.closed)
-            return bool(self.messages)
+        while not (self._closed or self._heard):
+            self._hear()
+        return self.has_messages()
+
+    def _hear(self) -> None:
+        message = self._queue.get()
+        if message is None:
+            self._closed = True
+        else:
+            self._heard.append(message)
 
     def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
+        self._queue.put(None)
 
 
 def serve(owner: weakref.ref[Runner], inbox: Inbox) -> None:
@@ -305,7 +318,7 @@ _runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 def _close_all() -> None:
     for runner in list(_runners):
-        runner.close()
+        runner.close(END_SECONDS)
 
 
 _forking: list[Runner] = []

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import pytest
 from checkpoints import write_checkpoint
 
 import pyengine
+from pyengine.runner import Inbox
 
 SOON = 20.0  # seconds: far more than it takes
 LONG: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True}
@@ -252,3 +254,31 @@ next(stream)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1)
     assert done.stderr.strip().splitlines()[-1:] == (["ValueError: on purpose"] if "raise" in ending else [])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_while_the_thread_is_told_something() -> None:
+    """Wherever it comes, the thread hears what is said afterwards."""
+    inbox = Inbox()
+
+    def listen() -> None:
+        while inbox.wait():
+            for _ in inbox.take():
+                pass
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for i in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 1e-6)
+                while True:
+                    inbox.put(lambda scheduler: None)
+            except KeyboardInterrupt:
+                pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    inbox.close()
+    thread.join(SOON)
+    assert not thread.is_alive()
