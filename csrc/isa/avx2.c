@@ -72,7 +72,7 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
 #define PE_Q4_MANY 1
 #define PE_Q4_UNPACK 24
 
-/* int8 activations are made ready once for a group, not once for each panel: each is then two loads. They are less 128, and the bits
+/* int8 activations are made ready once for many panels (tiles_int8.inc.h): each is then two loads. They are less 128, and the bits
  * of weights are flipped where that is negative: |a| * ~w = a * w - |a|; `flipped` is the sum of these |a|. */
 #define PE_OWN_GROUP
 typedef struct {
