@@ -81,9 +81,9 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
     const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
     const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
+    (void)unpacked; /* by a level that doesn't unpack */
     prefetch_tile(rows, panels, out);
-    for (int i = 0; i < rows * panels; i++)
-        vf_store(sums + i * PE_LANES, vf_set(0.0f));
+    clear_tile(rows, panels, sums);
     for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
         PE_ALIGNED float part[12 * 4 * PE_LANES];
@@ -92,8 +92,7 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             weight_sum[p] = PE_Q4_READS_SUMS ? vf_load(weight_sums + (p * n_sum + g) * PE_LANES) : vf_set(0.0f);
-        for (int i = 0; i < rows * panels; i++)
-            vf_store(part + i * PE_LANES, vf_set(0.0f));
+        clear_tile(rows, panels, part);
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
 #ifdef PE_Q4_UNPACK

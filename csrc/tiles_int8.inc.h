@@ -91,8 +91,7 @@ PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_gr
     const int8_t *quads = w->panels + panel * panel_bytes;
     PE_ALIGNED float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
     prefetch_tile(rows, panels, out);
-    for (int i = 0; i < rows * panels; i++)
-        vf_store(sums + i * PE_LANES, vf_set(0.0f));
+    clear_tile(rows, panels, sums);
     const float *scales[4];
     const int32_t *offsets[4];
     PE_UNROLL
