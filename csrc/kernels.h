@@ -40,7 +40,8 @@ typedef enum {
     PE_ACT_GELU_SIGMOID, /* x sigmoid(1.702 x) = quick_gelu */
     PE_ACT_RELU,
     PE_ACT_SILU, /* x sigmoid(x) */
-    PE_ACT_TANH
+    PE_ACT_TANH,
+    PE_ACT_GELU_TANH_COARSE /* PE_ACT_GELU_TANH for a result that becomes bfloat16 or int8: at most 2^-12 of it off, or 2^-45 */
 } pe_activation;
 
 /* The number formats of a checkpoint's tensors. */
@@ -215,6 +216,10 @@ typedef struct pe_kernels {
      * size at 1.05 or 0.95 times the lowest or the highest entry of the codebook; each time the scale that is best for the
      * nearest entries is found; the one of the four with the least squared error is refitted once more. */
     void (*pack_q4)(const float *panel, int64_t k, uint8_t *q, uint16_t *scale, float *weight_sum);
+
+    /* PE_LANES rows of n words of 4 bytes, `stride` words apart, become n rows of PE_LANES: to[i][r] = src[r][i], whatever the
+     * words mean. */
+    void (*turn_words)(const void *src, int64_t stride, int64_t n, void *to);
 
     /* n floats to int8 with one scale, which it returns: max |x| / 127, at least 1e-30; q = round(x / scale). The scale is NaN
      * where any of them is NaN or infinite. Written in whole vectors, zeros past n. */

@@ -1,4 +1,25 @@
-/* Keys and values in int8, as KV pages store them, and back to float32. Included by kernels.inc.h. */
+/* Keys as KV pages store them, a position in a column; keys and values in int8, and back to float32. Included by kernels.inc.h,
+ * behind pack.inc.h. */
+
+static void turn_words(const void *src, int64_t stride, int64_t n, void *to)
+{
+    const float *from = src;
+    float *out = to;
+    int64_t i = 0;
+    for (; i + PE_LANES <= n; i += PE_LANES) {
+        vf rows[PE_LANES];
+        PE_UNROLL
+        for (int r = 0; r < PE_LANES; r++)
+            rows[r] = vf_load(from + r * stride + i);
+        transpose(rows);
+        PE_UNROLL
+        for (int r = 0; r < PE_LANES; r++)
+            vf_store(out + (i + r) * PE_LANES, rows[r]);
+    }
+    for (; i < n; i++)
+        for (int r = 0; r < PE_LANES; r++)
+            memcpy(out + i * PE_LANES + r, from + r * stride + i, sizeof *out);
+}
 
 static float narrow_q8(const float *x, int64_t n, int8_t *q)
 {

@@ -154,6 +154,7 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .pack_q8 = pack_q8,                                                                                      \
             .pack_bf16 = pack_bf16,                                                                                  \
             .pack_q4 = pack_q4,                                                                                      \
+            .turn_words = turn_words,                                                                                \
             .narrow_q8 = narrow_q8,                                                                                  \
             .widen_keys_q8 = widen_keys_q8,                                                                          \
             .widen_values_q8 = widen_values_q8,                                                                      \

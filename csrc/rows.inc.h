@@ -116,6 +116,7 @@ static void activate(pe_activation kind, float *x, int64_t n)
     case PE_ACT_RELU: PE_MAP(vm_relu);
     case PE_ACT_SILU: PE_MAP(vm_silu);
     case PE_ACT_TANH: PE_MAP(vm_tanh);
+    case PE_ACT_GELU_TANH_COARSE: PE_MAP(vm_gelu_tanh_coarse);
     }
 }
 
@@ -158,7 +159,7 @@ static void softmax_rows(float *scores, int64_t n_row, int64_t n, int64_t step, 
         PE_UNROLL
         for (int i = 0; i < VECTORS; i++) {
             const vf x = vf_mul(rate, vf_sub(vf_load(scores + r * PE_PAGE + i * PE_LANES), largest));
-            w[i] = narrow ? vm_exp2_coarse(x) : vm_exp_neg(x);
+            w[i] = narrow ? vm_exp2_weight(x) : vm_exp_neg(x);
             if (narrow)
                 vf_store_bf16_normal(narrow + r * PE_PAGE + i * PE_LANES, w[i]);
             else

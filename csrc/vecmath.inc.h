@@ -55,15 +55,17 @@ static inline vf vm_exp_neg(vf x) {
     return vf_select(vf_lt(x, vf_set(-87.3f)), vf_set(0), vf_fma(t, scale, scale));
 }
 
-/* 2^x for x <= 0, 0 for x < -49, else at most 2^-13 off relatively: for weights that become bfloat16. Degree 3, minimax for
- * the relative error on [-0.5, 0.5] with p(0) = 1, found as vm_exp2m1_plus was. */
+/* 2^x for -100 < x <= 0, at most 2^-13 off relatively: degree 3, minimax for the relative error on [-0.5, 0.5] with p(0) = 1,
+ * found as vm_exp2m1_plus was. */
 static inline vf vm_exp2_coarse(vf x) {
     vf v = vf_add(x, vf_set(VM_ROUND)), r = vf_sub(x, vf_sub(v, vf_set(VM_ROUND)));
     vf p = vf_fma(r, vf_set(0x1.c2a14ep-5f), vf_set(0x1.f00d22p-3f));
     p = vf_fma(r, vf_fma(r, p, vf_set(0x1.62f602p-1f)), vf_set(1));
-    vf y = vi_bits(vi_add(vf_bits(p), vi_shl(vf_bits(v), 23)));
-    return vf_select(vf_lt(x, vf_set(-49)), vf_set(0), y);
+    return vi_bits(vi_add(vf_bits(p), vi_shl(vf_bits(v), 23)));
 }
+
+/* The same for all x <= 0, 0 for x < -49: for weights that become bfloat16. */
+static inline vf vm_exp2_weight(vf x) { return vf_select(vf_lt(x, vf_set(-49)), vf_set(0), vm_exp2_coarse(x)); }
 
 /* a / (1 + 2^(m + r)) for a >= 0, 0 <= m <= 190, v = VM_ROUND - m, as a 2^-m / (2^-m + 2^r). */
 static inline vf vm_gate(vf a, vf v, vf r) {
@@ -118,6 +120,13 @@ static inline vf vm_gelu_tanh(vf x) {
     vf v = vf_fnma(c, m, vf_set(VM_ROUND));
     vf r = vf_fma(c, m, vf_sub(v, vf_set(VM_ROUND)));
     return vm_unfold(x, vm_gate(a, v, vf_fnma(c, minus_low, r)));
+}
+
+/* The same, at most 2^-12 off relatively, or 2^-45: for what becomes bfloat16 or int8. */
+static inline vf vm_gelu_tanh_coarse(vf x) {
+    vf a = vm_abs(x, 6.8125f), rate = vf_fma(vf_mul(a, a), vf_set(-0x1.a5a7d0p-4f), vf_set(-0x1.26aec2p+1f));
+    vf e = vm_exp2_coarse(vf_mul(a, rate));
+    return vf_sub(vf_max(vf_set(0), x), vf_div(vf_mul(a, e), vf_add(vf_set(1), e)));
 }
 
 /* x Phi(x). Phi(-a) = e^(-a^2 / 2) / D(a), D = 2 + a (2 + s(a)). s runs from -0.40 (a = 0) through 0 (a = 2.2) to

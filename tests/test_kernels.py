@@ -272,6 +272,21 @@ def test_activations(level: str, kind: str) -> None:
     assert special[4] == (1 if bounded else np.float32(3e38)) and special[5] == (-1 if bounded else 0)
 
 
+def test_coarse_gelu(level: str) -> None:
+    """Where its result becomes bfloat16 or int8: at most 2^-12 of it off, or 2^-45."""
+    small = np.geomspace(1e-30, 10, 2001)
+    x = np.concatenate([np.linspace(-12, 12, 60001), small, -small]).astype(np.float32)
+    exact = reference.ACTIVATIONS["gelu_tanh"](x.astype(np.float64))
+    got = activate("gelu_tanh", x, narrow=True)
+    assert not np.array_equal(got, activate("gelu_tanh", x))
+    assert (np.abs(got - exact) <= np.maximum(2**-12 * np.abs(exact), 2**-45)).all()
+    special = activate("gelu_tanh", np.array([np.inf, -np.inf, np.nan, 0, 3e38, -3e38], np.float32), narrow=True)
+    assert special[0] == np.inf and np.isnan(special[2]) and special[3] == 0 and special[4] == np.float32(3e38)
+    assert (np.abs(special[[1, 5]]) <= 2**-45).all()
+    for kind in ("gelu_erf", "silu", "relu"):
+        assert np.array_equal(activate(kind, x, narrow=True), activate(kind, x))
+
+
 def test_exp(level: str) -> None:
     """At most 2 ULP from the smallest subnormal result to the largest finite one; every size."""
     x = np.concatenate([np.linspace(-103.9, 88.7, 60001), np.linspace(-1, 1, 20001)]).astype(np.float32)
@@ -368,7 +383,8 @@ def test_same_bits_across_levels() -> None:
             softmax(x),
         ]
         results += [activate(kind, x.reshape(-1)) for kind in ("gelu_tanh", "gelu_erf", "gelu_sigmoid", "silu", "tanh")]
-        results.append(attention(qkv, 3, 3, 32, 0.2))
+        results.append(activate("gelu_tanh", x.reshape(-1), narrow=True))
+        results += [attention(qkv, 3, 3, 32, 0.2, 1, kv_dtype) for kv_dtype in ("float32", "bfloat16", "int8")]
         got[name] = [r.tobytes() for r in results]
         simd.use(before)
     portable = got.pop("portable")

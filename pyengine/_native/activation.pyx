@@ -6,8 +6,8 @@ import numpy as np
 from libc.stdint cimport int64_t
 
 from .kernels cimport (
-    PE_ACT_GELU_ERF, PE_ACT_GELU_SIGMOID, PE_ACT_GELU_TANH, PE_ACT_NONE, PE_ACT_RELU, PE_ACT_SILU, PE_ACT_TANH, PE_LANES,
-    pe_activation,
+    PE_ACT_GELU_ERF, PE_ACT_GELU_SIGMOID, PE_ACT_GELU_TANH, PE_ACT_GELU_TANH_COARSE, PE_ACT_NONE, PE_ACT_RELU, PE_ACT_SILU,
+    PE_ACT_TANH, PE_LANES, pe_activation,
 )
 from .parallel cimport Worker, claim, run
 from .simd cimport kernels
@@ -39,6 +39,10 @@ cdef pe_activation activation_of(name) except *:
     return ACTIVATIONS[name]
 
 
+cdef pe_activation coarse(pe_activation kind) noexcept nogil:
+    return PE_ACT_GELU_TANH_COARSE if kind == PE_ACT_GELU_TANH else kind
+
+
 cdef void activate_body(void *context, Worker *worker) noexcept nogil:
     cdef ActivateTask *task = <ActivateTask *>context
     cdef int64_t n_unit = (task.n + UNIT - 1) // UNIT, unit = claim(worker, n_unit)
@@ -47,14 +51,17 @@ cdef void activate_body(void *context, Worker *worker) noexcept nogil:
         unit = claim(worker, n_unit)
 
 
-def activate(kind, const float[::1] x, int threads=1):
-    """The activation `kind` of each value: float32 [n] → [n]. Formulas: csrc/kernels.h."""
+def activate(kind, const float[::1] x, int threads=1, bint narrow=False):
+    """The activation `kind` of each value, as it is computed where it becomes bfloat16 or int8 if `narrow`: float32 [n] → [n].
+    Formulas: csrc/kernels.h."""
     cdef int64_t n = x.shape[0]
     out = np.zeros((n + PE_LANES - 1) // PE_LANES * PE_LANES, np.float32)
     out[:n] = x
     cdef float[::1] view = out
     cdef ActivateTask task
     task.kind, task.n = activation_of(kind), n
+    if narrow:
+        task.kind = coarse(task.kind)
     if n:
         task.x = &view[0]
         run(threads, 1, activate_body, &task)

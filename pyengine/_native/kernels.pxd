@@ -23,6 +23,7 @@ cdef extern from "kernels.h" nogil:
         PE_ACT_RELU
         PE_ACT_SILU
         PE_ACT_TANH
+        PE_ACT_GELU_TANH_COARSE
 
     ctypedef enum pe_dtype:
         PE_F32
@@ -96,6 +97,7 @@ cdef extern from "kernels.h" nogil:
         void (*pack_q8)(const float *, int64_t, int8_t *, float *, int16_t *) noexcept nogil
         void (*pack_bf16)(const float *, int64_t, uint16_t *) noexcept nogil
         void (*pack_q4)(const float *, int64_t, uint8_t *, uint16_t *, float *) noexcept nogil
+        void (*turn_words)(const void *, int64_t, int64_t, void *) noexcept nogil
         float (*narrow_q8)(const float *, int64_t, int8_t *) noexcept nogil
         void (*widen_keys_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
         void (*widen_values_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil

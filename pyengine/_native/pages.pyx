@@ -70,9 +70,12 @@ cdef void place(const PageLayout *layout, Number *keys, Number *values, int64_t 
     cdef int64_t d = layout.head_dim, i, r, part
     cdef Number *value
     keys += slot // PE_LANES * d * PE_LANES + slot % PE_LANES
-    for i in range(d):
-        for r in range(n):
-            keys[i * PE_LANES + r] = k[r * stride + i]
+    if n == PE_LANES and sizeof(Number) == sizeof(float):
+        kernels().turn_words(k, stride, d, keys)
+    else:
+        for i in range(d):
+            for r in range(n):
+                keys[i * PE_LANES + r] = k[r * stride + i]
     for r in range(n):
         for i in range(layout.value_width // PE_LANES):
             part = min(<int64_t>PE_LANES, d - i * PE_LANES)
@@ -86,6 +89,9 @@ cdef void place_key_pairs(const PageLayout *layout, uint32_t *keys, int64_t slot
     cdef int64_t n_pair = layout.key_width // 2, i, r
     cdef const uint32_t *pairs = <const uint32_t *>k
     keys += slot // PE_LANES * n_pair * PE_LANES + slot % PE_LANES
+    if n == PE_LANES:
+        kernels().turn_words(pairs, stride // 2, n_pair, keys)
+        return
     for i in range(n_pair):
         for r in range(n):
             keys[i * PE_LANES + r] = pairs[r * (stride // 2) + i]

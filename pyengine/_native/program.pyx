@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
-from .activation cimport activation_of
+from .activation cimport activation_of, coarse
 from .attention cimport attention_scratch
 from .kernels cimport PE_LANES
 from .matmul cimport BFLOAT16, FLOAT32, LINEAR_SCRATCH, NarrowRows, PackedMatrix
@@ -143,6 +143,8 @@ cdef class Program:
                 op.own_rows = True
                 if i and (op - 1).kind == LINEAR and (op - 1).out == op.src and (op - 1).residual < 0:
                     (op - 1).narrow_out = self._next_alone_reads(i - 1)
+                    if (op - 1).narrow_out:
+                        (op - 1).activation = coarse((op - 1).activation)
             elif op.kind == ATTEND and self.layout.layout.dtype == KV_BFLOAT16 and self.layout.layout.head_dim % PE_LANES == 0:
                 if i and (op - 1).kind == LINEAR and (op - 1).out == op.src and (op - 1).residual < 0:
                     op.narrow_qkv = (op - 1).narrow_qkv = self._next_alone_reads(i - 1)

@@ -135,7 +135,7 @@ static void matmuls(void)
 /* Rows of many sizes, then one that steps through all bit patterns: zeros, subnormals, infinities, NaN. */
 static void activations(void)
 {
-    for (int kind = PE_ACT_NONE; kind <= PE_ACT_TANH; kind++) {
+    for (int kind = PE_ACT_NONE; kind <= PE_ACT_GELU_TANH_COARSE; kind++) {
         for EACH(n, LENGTHS) {
             fill(y, n, (float)(1 + n % 16), 0);
             level->activate((pe_activation)kind, y, n);
@@ -253,6 +253,11 @@ static void key_values(void)
         level->narrow_bf16(x, n, halves);
         hash_bytes(halves, 2 * n);
         line("narrow_bf16", n, kind, 0);
+        for (int64_t i = 0; i < PE_LANES * (n + 1); i++)
+            source[i] = next();
+        level->turn_words(source, n + 1, n, y);
+        hash_bytes(y, 4 * PE_LANES * n);
+        line("turn_words", n, kind, 0);
         y[0] = level->narrow_q8(x, n, packed);
         hash_floats(y, 1);
         hash_bytes(packed, n);
