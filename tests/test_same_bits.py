@@ -120,7 +120,7 @@ def test_forks_and_undo(folder: Path, dtype: str) -> None:
 
 
 def test_levels(folder: Path, dtype: str) -> None:
-    """All SIMD levels with FMA; the portable one is close and not equal, so that this can fail."""
+    """All SIMD levels with FMA; the portable one is close and, as a rule, not equal, so that this can fail."""
     got = {}
     for level in simd.levels():
         before = simd.use(level)
@@ -130,7 +130,7 @@ def test_levels(folder: Path, dtype: str) -> None:
     assert len(set(got.values())) <= 1
     for other in got.values():
         a, b = np.frombuffer(portable, np.float32), np.frombuffer(other, np.float32)
-        assert portable != other
+        assert portable != other or dtype == "bfloat16"  # its products are exact in float32, and rounding hides the rest
         if dtype == "float32":
             assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 

@@ -20,11 +20,23 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 # A unit of work: so many columns of all rows, or of a block of rows where there are many. With at most FEW_ROWS a product is cut
 # into some units a thread, of at least 4 panels and UNIT_BYTES: what others can help it with at the end. Smaller ones gain nothing.
 cdef enum:
-    BLOCK_ROWS = 96
+    BLOCK_ROWS = 96  # at most
+    TILE_ROWS = 12  # blocks but the last have whole tiles
+    BAND_ROWS = 64  # at least
     BLOCK_PANELS = 8
     UNITS_PER_THREAD = 8
     UNIT_BYTES = 32768
     TILE_PANELS = 4
+
+# How a product is cut into units. Many rows are bands first, one for each thread: the thread that normalised them, or multiplied them
+# before, so that it finds them in its own caches. Within a band all blocks of rows meet some panels before the next ones.
+cdef struct Blocks:
+    int64_t n_row, n_panel, rows, panels  # of all, and of a block
+    int64_t band_rows, row_blocks, band_units, n_unit
+
+# What a unit computes.
+cdef struct Part:
+    int64_t row, rows, panel, panels
 
 
 cdef extern from *:
@@ -213,31 +225,59 @@ cdef int64_t few_row_panels(PackedMatrix weight, int64_t n_panel, int64_t n_thre
     return max(min(panels, n_panel // n_threads) // TILE_PANELS, <int64_t>1) * TILE_PANELS
 
 
+cdef Blocks few_rows(PackedMatrix weight, int64_t n_row, int64_t n_panel, int64_t n_threads) noexcept nogil:
+    cdef Blocks all
+    all.n_row = all.rows = all.band_rows = n_row
+    all.n_panel, all.panels, all.row_blocks = n_panel, few_row_panels(weight, n_panel, n_threads), 1
+    all.n_unit = all.band_units = (n_panel + all.panels - 1) // all.panels
+    return all
+
+
+cdef Blocks many_rows(int64_t n_row, int64_t n_panel, int64_t n_threads) noexcept nogil:
+    cdef Blocks all
+    cdef int64_t n_band = max(<int64_t>1, min(n_threads, n_row // BAND_ROWS))
+    all.n_row, all.n_panel, all.panels = n_row, n_panel, BLOCK_PANELS
+    all.band_rows = (n_row + n_band - 1) // n_band
+    cdef int64_t row_blocks = (all.band_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    all.rows = whole((all.band_rows + row_blocks - 1) // row_blocks, TILE_ROWS)
+    all.row_blocks = (all.band_rows + all.rows - 1) // all.rows
+    all.band_units = all.row_blocks * ((n_panel + BLOCK_PANELS - 1) // BLOCK_PANELS)
+    all.n_unit = n_band * all.band_units
+    return all
+
+
+cdef Part part_of(const Blocks *all, int64_t unit) noexcept nogil:
+    """What a unit computes; in the last band, which may be thinner, perhaps nothing."""
+    cdef Part part
+    cdef int64_t band = unit // all.band_units * all.band_rows
+    unit = unit % all.band_units
+    part.row, part.panel = band + unit % all.row_blocks * all.rows, unit // all.row_blocks * all.panels
+    part.rows = max(<int64_t>0, min(all.rows, min(band + all.band_rows, all.n_row) - part.row))
+    part.panels = min(all.panels, all.n_panel - part.panel)
+    return part
+
+
 cdef void linear(Worker *worker, PackedMatrix weight, const float *x, int64_t x_stride, NarrowRows narrow,
                  int64_t first_narrow, int64_t n_row, const pe_output *out, pe_activation activation) noexcept nogil:
     """One phase: out = activation(x W^T + bias) + residual. `narrow` is x as weight.input wants it, from row first_narrow on."""
     cdef const pe_kernels *simd = kernels()
-    cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
-    cdef int64_t block_rows = n_row if n_row <= FEW_ROWS else BLOCK_ROWS
-    cdef int64_t block_panels = few_row_panels(weight, n_panel, worker.n_threads) if n_row <= FEW_ROWS else BLOCK_PANELS
-    cdef int64_t row_blocks = (n_row + block_rows - 1) // block_rows
-    cdef int64_t n_unit = row_blocks * ((n_panel + block_panels - 1) // block_panels)
-    cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
+    cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES, r
+    cdef Blocks all = few_rows(weight, n_row, n_panel, worker.n_threads) if n_row <= FEW_ROWS else \
+        many_rows(n_row, n_panel, worker.n_threads)
+    cdef int64_t unit = claim(worker, all.n_unit)
+    cdef Part part
     cdef pe_output to = out[0]
     while unit >= 0:
-        panel = unit // row_blocks * block_panels
-        row = unit % row_blocks * block_rows
-        panels = min(block_panels, n_panel - panel)
-        rows = min(block_rows, n_row - row)
-        to.out = out.out + row * out.out_stride
+        part = part_of(&all, unit)
+        to.out = out.out + part.row * out.out_stride
         if out.residual != NULL:
-            to.residual = out.residual + row * out.residual_stride
-        block_product(weight, x, x_stride, narrow, first_narrow, row, rows, panel, panels, &to)
+            to.residual = out.residual + part.row * out.residual_stride
+        block_product(weight, x, x_stride, narrow, first_narrow, part.row, part.rows, part.panel, part.panels, &to)
         if activation != PE_ACT_NONE:
-            for r in range(rows):
-                simd.activate(activation, to.out + r * out.out_stride + panel * PE_LANES, panels * PE_LANES)
-        unit = claim(worker, n_unit)
-    sync(worker, n_unit)
+            for r in range(part.rows):
+                simd.activate(activation, to.out + r * out.out_stride + part.panel * PE_LANES, part.panels * PE_LANES)
+        unit = claim(worker, all.n_unit)
+    sync(worker, all.n_unit)
 
 
 cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, int64_t n_row, const float *bias,
@@ -245,27 +285,23 @@ cdef void linear_narrow(Worker *worker, PackedMatrix weight, NarrowRows narrow, 
     """One phase: out = activation(x W^T + bias), narrowed while it is in the cache, for a product that takes it so. A unit's
     columns are whole groups."""
     cdef int64_t n_panel = (weight.n_out + PE_LANES - 1) // PE_LANES
-    cdef int64_t row_blocks = (n_row + BLOCK_ROWS - 1) // BLOCK_ROWS
-    cdef int64_t n_unit = row_blocks * ((n_panel + BLOCK_PANELS - 1) // BLOCK_PANELS)
-    cdef int64_t unit = claim(worker, n_unit), row, panel, rows, panels, r
-    cdef int64_t columns
+    cdef Blocks all = many_rows(n_row, n_panel, worker.n_threads)
+    cdef int64_t unit = claim(worker, all.n_unit), r, columns
+    cdef Part part
     cdef pe_output to
     memset(&to, 0, sizeof(to))
     to.bias, to.out_stride = bias, BLOCK_PANELS * PE_LANES
     while unit >= 0:
-        panel = unit // row_blocks * BLOCK_PANELS
-        row = unit % row_blocks * BLOCK_ROWS
-        panels = min(<int64_t>BLOCK_PANELS, n_panel - panel)
-        rows = min(<int64_t>BLOCK_ROWS, n_row - row)
-        to.out = scratch - panel * PE_LANES
-        block_product(weight, NULL, 0, narrow, 0, row, rows, panel, panels, &to)
-        columns = min(panels * PE_LANES, weight.n_out - panel * PE_LANES)
-        for r in range(rows):
+        part = part_of(&all, unit)
+        to.out = scratch - part.panel * PE_LANES
+        block_product(weight, NULL, 0, narrow, 0, part.row, part.rows, part.panel, part.panels, &to)
+        columns = min(part.panels * PE_LANES, weight.n_out - part.panel * PE_LANES)
+        for r in range(part.rows):
             kernels().activate(activation, scratch + r * to.out_stride, columns)
-        for r in range(rows):
-            narrow_part(scratch + r * to.out_stride, columns, out, row + r, panel * PE_LANES)
-        unit = claim(worker, n_unit)
-    sync(worker, n_unit)
+        for r in range(part.rows):
+            narrow_part(scratch + r * to.out_stride, columns, out, part.row + r, part.panel * PE_LANES)
+        unit = claim(worker, all.n_unit)
+    sync(worker, all.n_unit)
 
 
 cdef struct MatmulTask:
