@@ -257,7 +257,7 @@ next(stream)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt in a garbage collector's callback
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback of the collector
 def test_ctrl_c_while_the_thread_is_told_something() -> None:
     """Wherever it comes, the thread hears what is said afterwards."""
     inbox = Inbox()

@@ -130,7 +130,7 @@ def test_levels(folder: Path, dtype: str) -> None:
     assert len(set(got.values())) <= 1
     for other in got.values():
         a, b = np.frombuffer(portable, np.float32), np.frombuffer(other, np.float32)
-        assert portable != other or dtype == "bfloat16"  # its products are exact in float32, and rounding hides the rest
+        assert portable != other or dtype == "bfloat16"  # exact products; rounding hides the rest
         if dtype == "float32":
             assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
