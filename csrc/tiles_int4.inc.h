@@ -57,23 +57,8 @@ PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
     return (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP_BYTES;
 }
 
-#ifdef PE_Q4_UNPACK
-/* The same of one panel, with weights as int8 quads. */
-PE_INLINE void unpacked_q4(int rows, const vq_group *x, int64_t quad, const int8_t *quads, vi acc[12][4])
-{
-    PE_UNROLL
-    for (int r = 0; r < rows; r++)
-        acc[r][0] = vi_set(0);
-    for (int i = 0; i < PE_Q4_GROUP / 4; i++)
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            vq_dot_at(&acc[r][0], vq_ready(x, r, quad + i), quads + i * 4 * PE_LANES);
-}
-#endif
-
-/* `unpacked`: the panel's weights as int8 quads, if they are unpacked already; then it is one panel wide. */
-PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const int8_t *unpacked,
-                          const pe_output *out, pe_ahead ahead)
+PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const pe_output *out,
+                       pe_ahead ahead)
 {
     enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
@@ -81,7 +66,6 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
     const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
     const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
-    (void)unpacked; /* by a level that doesn't unpack */
     prefetch_tile(rows, panels, out);
     clear_tile(rows, panels, sums);
     for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
@@ -95,13 +79,8 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
         clear_tile(rows, panels, part);
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
-#ifdef PE_Q4_UNPACK
-            if (unpacked)
-                unpacked_q4(rows, &at, (i - first) * (PE_Q4_GROUP / 4), unpacked + i * PE_Q4_GROUP * PE_LANES, acc);
-            else
-#endif
-                group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
-                         nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
+            group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
+                     nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
@@ -134,47 +113,143 @@ PE_INLINE void tile_q4_of(int rows, int panels, const pe_rows_q8 *x, const pe_we
     }
 }
 
-PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const pe_output *out,
-                       pe_ahead ahead)
-{
-    tile_q4_of(rows, panels, x, w, panel, 0, out, ahead);
-}
-
 PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
 
-/* Many rows have a panel unpacked once, into the L2 cache; what is left are tiles as those of int8. Two panels at a time, or more rows,
- * were slower. */
+/* Many rows have some panels unpacked once, into the L2 cache. What is left are tiles much like those of int8; they are small enough to
+ * have the sums of a group of activations in registers, too. */
 #ifdef PE_Q4_UNPACK
 enum { UNPACKED_BYTES = 96 << 10 };
 
 PE_INLINE int64_t unpacked_bytes(const pe_weights_q4 *w) { return 2 * q4_panel_bytes(w); }
 
-/* n lines of packed weights; with each a line of what comes behind them is asked for. */
+/* n lines of packed weights. */
 static void unpack_q4(const uint8_t *octets, int64_t n, int8_t *quads)
 {
     for (int64_t i = 0; i < n; i++, octets += 4 * PE_LANES, quads += 8 * PE_LANES) {
         vq_w low, high;
-        PE_PREFETCH(octets + n * 4 * PE_LANES);
         vq_nibbles(octets, pe_q4_codebook, &low, &high);
         vf_store((float *)(void *)quads, vi_bits(low));
         vf_store((float *)(void *)(quads + 4 * PE_LANES), vi_bits(high));
     }
 }
 
+/* The integers of a group of unpacked weights. Where a tile is one panel wide, its weights stay in memory. */
+PE_INLINE void unpacked_q4(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
+                           vi acc[12][4])
+{
+    PE_UNROLL
+    for (int r = 0; r < rows; r++)
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            acc[r][p] = vi_set(0);
+#if PE_Q4_UNPACKED_PANELS == 1
+    (void)panel_stride;
+    for (int i = 0; i < PE_Q4_GROUP / 4; i++)
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            vq_dot_at(&acc[r][0], vq_activations(q + r * stride + 4 * i), quads + i * 4 * PE_LANES);
+#else
+    const int8_t *end = quads + PE_Q4_GROUP * PE_LANES;
+    const uint8_t *third[4]; /* as in group_q8 */
+    PE_HIDE(end);
+    PE_UNROLL
+    for (int r = 0; r < rows; r += 3)
+        third[r / 3] = q + r * stride;
+    do {
+        vq_w column[4];
+        PE_UNROLL
+        for (int p = 0; p < panels; p++)
+            column[p] = vq_weights(quads + p * panel_stride);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vq_a value = vq_activations(third[r / 3] + r % 3 * stride);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++)
+                vq_dot(&acc[r][p], value, column[p]);
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r += 3) {
+            third[r / 3] += 4;
+            PE_HIDE(third[r / 3]);
+        }
+        quads += 4 * PE_LANES;
+    } while (quads != end);
+#endif
+}
+
+/* [next, next_end): packed weights that are unpacked next, asked for evenly while the tile computes. */
+PE_INLINE void tile_unpacked(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const int8_t *quads,
+                             const uint8_t *next, const uint8_t *next_end, const pe_output *out)
+{
+    enum { PARTS = PE_GROUP / PE_Q4_GROUP };
+    const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
+    const int64_t n_sum = (n_group + PARTS - 1) / PARTS, panel_stride = n_group * PE_Q4_GROUP * PE_LANES;
+    const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
+    PE_ALIGNED float sums[12 * 4 * PE_LANES];
+    const int64_t pace = (next_end - next + n_sum - 1) / n_sum;
+    prefetch_tile(rows, panels, out);
+    clear_tile(rows, panels, sums);
+    for (int64_t g = 0; g < n_sum; g++, next += pace) {
+        for (const uint8_t *line = next; line < next + pace; line += 4 * PE_LANES)
+            PE_PREFETCH_FAR(line);
+        vf part[12][4];
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            PE_UNROLL
+            for (int p = 0; p < panels; p++)
+                part[r][p] = vf_set(0.0f);
+        const int64_t end = (g + 1) * PARTS < n_group ? (g + 1) * PARTS : n_group;
+        for (int64_t i = g * PARTS; i < end; i++) {
+            vi acc[12][4];
+            unpacked_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, quads + i * PE_Q4_GROUP * PE_LANES, panel_stride, acc);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
+                PE_UNROLL
+                for (int r = 0; r < rows; r++)
+                    part[r][p] = vf_mad(scale, vi_to_float(acc[r][p]), part[r][p]);
+            }
+        }
+        PE_UNROLL
+        for (int r = 0; r < rows; r++) {
+            const vf scale = vf_set(x->scale[r * x_groups + g]), offset = vf_set((float)x->offset[r * x_groups + g]);
+            PE_UNROLL
+            for (int p = 0; p < panels; p++) {
+                float *sum = sums + (r * panels + p) * PE_LANES;
+                const vf centred = vf_mad(offset, vf_load(weight_sums + (p * n_sum + g) * PE_LANES), part[r][p]);
+                vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
+            }
+        }
+    }
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
+    }
+}
+
 static void panels_unpacked(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
                             const pe_output *out)
 {
-    enum { ROWS = 3 };
-    const int64_t n_tile = (n_row + ROWS - 1) / ROWS, bytes = q4_panel_bytes(w);
-    const pe_ahead none = {0, 0};
+    const int64_t n_tile = (n_row + PE_Q4_UNPACKED_ROWS - 1) / PE_Q4_UNPACKED_ROWS, bytes = q4_panel_bytes(w);
+    const int64_t wide = PE_Q4_UNPACKED_PANELS * unpacked_bytes(w) <= UNPACKED_BYTES ? PE_Q4_UNPACKED_PANELS : 1;
     PE_ALIGNED int8_t unpacked[UNPACKED_BYTES];
-    for (int64_t p = panel; p < panel + n_panel; p++) {
-        unpack_q4(w->panels + p * bytes, bytes / (4 * PE_LANES), unpacked);
+    for (int64_t p = panel, width; p < panel + n_panel; p += width) {
+        width = panel + n_panel - p < wide ? 1 : wide;
+        unpack_q4(w->panels + p * bytes, width * bytes / (4 * PE_LANES), unpacked);
         for (int64_t t = 0; t < n_tile; t++) {
             const int64_t row = t * n_row / n_tile, n = (t + 1) * n_row / n_tile - row;
             const pe_rows_q8 from = q8_from(x, row);
             const pe_output to = output_at(out, row, p);
-            PE_FOR_ROWS(n, ROWS, tile_q4_of(rows, 1, &from, w, p, unpacked, &to, none))
+            const uint8_t *next = w->panels + (p + width) * bytes + t * width * bytes / n_tile;
+            const uint8_t *end = w->panels + (p + width) * bytes + (t + 1) * width * bytes / n_tile;
+            if (width == PE_Q4_UNPACKED_PANELS)
+                PE_FOR_ROWS(n, PE_Q4_UNPACKED_ROWS,
+                            tile_unpacked(rows, PE_Q4_UNPACKED_PANELS, &from, w, p, unpacked, next, end, &to))
+            else
+                PE_FOR_ROWS(n, PE_Q4_UNPACKED_ROWS, tile_unpacked(rows, 1, &from, w, p, unpacked, next, end, &to))
         }
     }
 }

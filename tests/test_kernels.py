@@ -164,7 +164,10 @@ def test_matmul_int4_rows(level: str, n_row: int) -> None:
         check_int4(x.astype(np.float32), rng.standard_normal((n_out, n_in)).astype(np.float32))
 
 
-@pytest.mark.parametrize(("n_row", "n_out", "n_in"), [(24, 50, 6144), (25, 40, 6130), (24, 20, 6145)])
+LONG = [(24, 50, 6144), (25, 40, 6130), (24, 20, 6145), (29, 40, 3072), (26, 70, 3080)]
+
+
+@pytest.mark.parametrize(("n_row", "n_out", "n_in"), LONG)
 def test_matmul_int4_of_long_rows(level: str, n_row: int, n_out: int, n_in: int) -> None:
     """As long as can be unpacked for many rows, and longer."""
     rng = np.random.default_rng(n_in)

@@ -71,6 +71,8 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
 #define PE_Q4_UNPACK 24
+#define PE_Q4_UNPACKED_ROWS 3
+#define PE_Q4_UNPACKED_PANELS 1
 
 /* int8 activations are made ready once for many panels (tiles_int8.inc.h): each is then two loads. They are less 128, and the bits
  * of weights are flipped where that is negative: |a| * ~w = a * w - |a|; `flipped` is the sum of these |a|. */

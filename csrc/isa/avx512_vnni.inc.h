@@ -31,3 +31,6 @@ PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
 #define PE_Q4_ROWS_2 8
 #define PE_Q4_ROWS_4 3
 #define PE_Q4_MANY 2
+#define PE_Q4_UNPACK 24
+#define PE_Q4_UNPACKED_ROWS 6 /* 12 accumulators, and the 12 sums that they go to */
+#define PE_Q4_UNPACKED_PANELS 2
