@@ -22,4 +22,4 @@ cdef struct Attention:
 
 cdef int64_t attention_scratch(const PageLayout *layout) noexcept nogil
 cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, const Segment *segments, int64_t n_segment,
-                 float *scratch, float *out, int64_t out_stride) noexcept nogil
+                 const Segment *wanted, int64_t n_wanted, float *scratch, float *out, int64_t out_stride) noexcept nogil

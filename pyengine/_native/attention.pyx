@@ -151,16 +151,17 @@ cdef Head head_of(const Attention *attention, const Segment *segments, int64_t n
 
 
 cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, const Segment *segments, int64_t n_segment,
-                 float *scratch, float *out, int64_t out_stride) noexcept nogil:
-    """One or two phases: appends keys and values, then attention. An item is one head of one tile of queries; a unit is some
-    items that follow each other: of one sequence and one head first, so that its keys are still in the cache."""
+                 const Segment *wanted, int64_t n_wanted, float *scratch, float *out, int64_t out_stride) noexcept nogil:
+    """One or two phases: appends the segments' keys and values, then attention for those rows of them that are `wanted`. An item
+    is one head of one tile of queries; a unit is some items that follow each other: of one sequence and one head first, so that
+    its keys are still in the cache."""
     cdef int64_t n_item = 0, unit, run, item, s, before = 0, n, head, tile
     cdef Head then
-    cdef bint storing = each_stores_its_own(attention, segments, n_segment)
+    cdef bint storing = wanted == segments and each_stores_its_own(attention, segments, n_segment)
     if not storing:
         store_all(worker, attention, qkv, segments, n_segment, scratch)
-    for s in range(n_segment):
-        n_item += n_tile_of(&segments[s]) * attention.n_head
+    for s in range(n_wanted):
+        n_item += n_tile_of(&wanted[s]) * attention.n_head
     run = max(n_item // (UNITS_PER_THREAD * worker.n_threads), <int64_t>1)
     s = 0
     unit = claim(worker, (n_item + run - 1) // run)
@@ -168,17 +169,17 @@ cdef void attend(Worker *worker, const Attention *attention, const Qkv *qkv, con
         for item in range(unit * run, min((unit + 1) * run, n_item)):
             if item < before:  # of a share that lies before
                 s = before = 0
-            n = n_tile_of(&segments[s])
+            n = n_tile_of(&wanted[s])
             while item - before >= n * attention.n_head:
                 before += n * attention.n_head
                 s += 1
-                n = n_tile_of(&segments[s])
+                n = n_tile_of(&wanted[s])
             head = (item - before) // n
             tile = n - 1 - (item - before) % n  # the last tiles have the most keys: they go first
             if storing:
-                store_rows(attention, qkv, &segments[s], segments[s].position, 1, head, scratch)
-            then = head_of(attention, segments + s, n_segment - s, item + 1 - before)
-            attend_tile(attention, qkv, &segments[s], tile, head, &then, scratch, out, out_stride)
+                store_rows(attention, qkv, &wanted[s], wanted[s].position, 1, head, scratch)
+            then = head_of(attention, wanted + s, n_wanted - s, item + 1 - before)
+            attend_tile(attention, qkv, &wanted[s], tile, head, &then, scratch, out, out_stride)
         unit = claim(worker, (n_item + run - 1) // run)
     sync(worker, (n_item + run - 1) // run)
 
@@ -332,7 +333,7 @@ cdef struct AttendTask:
 cdef void attend_body(void *context, Worker *worker) noexcept nogil:
     cdef AttendTask *task = <AttendTask *>context
     cdef float *scratch = task.scratch + worker.index * attention_scratch(&task.attention.layout)
-    attend(worker, &task.attention, &task.qkv, &task.segment, 1, scratch, task.out, task.out_stride)
+    attend(worker, &task.attention, &task.qkv, &task.segment, 1, &task.segment, 1, scratch, task.out, task.out_stride)
 
 
 def attention(const float[:, ::1] qkv, int64_t n_head, int64_t n_kv_head, int64_t head_dim, float scale, int threads=1,

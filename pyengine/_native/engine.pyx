@@ -153,13 +153,14 @@ cdef class Engine:
 
     cdef Block _place(self, list parts, int64_t n_step, Batch *batch):
         """The rows of the parts, checked; the block holds what the batch points to."""
-        cdef int64_t n_segment = len(parts), n_row = 0, n_picked = 0, i, j, n, position, n_logits
+        cdef int64_t n_segment = len(parts), n_row = 0, n_picked = 0, n_wanted = 0, i, j, n, position, n_logits
         for part in parts:
             n_row += len(part[0])
             n_picked += part[3]
-        cdef Block memory = Block(n_segment * sizeof(Segment) + (n_row + n_picked) * sizeof(int32_t), "step")
+        cdef Block memory = Block(2 * n_segment * sizeof(Segment) + (n_row + n_picked) * sizeof(int32_t), "step")
         cdef Segment *segments = <Segment *>memory.data
-        cdef int32_t *token_ids = <int32_t *>(segments + n_segment)
+        cdef Segment *wanted = segments + n_segment
+        cdef int32_t *token_ids = <int32_t *>(wanted + n_segment)
         cdef int32_t *picked = token_ids + n_row
         cdef const int32_t[::1] ids
         cdef const uintptr_t[::1] pages
@@ -179,11 +180,16 @@ cdef class Engine:
             segments[i].row, segments[i].n_row, segments[i].position = n_row, n, position
             segments[i].pages = <void **>&pages[0]
             n_row += n
+            if n_logits:
+                wanted[n_wanted].row, wanted[n_wanted].n_row = n_row - n_logits, n_logits
+                wanted[n_wanted].position, wanted[n_wanted].pages = position + n - n_logits, segments[i].pages
+                n_wanted += 1
             for j in range(n_logits):
                 picked[n_picked + j] = n_row - n_logits + j
             n_picked += n_logits
         batch.token_ids, batch.picked, batch.segments = token_ids, picked, segments
         batch.n_row, batch.n_picked, batch.n_segment = n_row, n_picked, n_segment
+        batch.wanted, batch.n_wanted = (segments, n_segment) if n_picked == n_row else (wanted, n_wanted)
         return memory
 
     cdef object _room_for_logits(self, int64_t n, int64_t width):

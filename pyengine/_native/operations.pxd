@@ -9,7 +9,8 @@ cdef struct Batch:
     const int32_t *token_ids  # [n_row]
     const int32_t *picked  # [n_picked], ascending: the rows whose logits are wanted
     const Segment *segments  # [n_segment], in order
-    int64_t n_row, n_segment, n_picked
+    const Segment *wanted  # [n_wanted]: the picked rows of these; the segments themselves if all rows are picked
+    int64_t n_row, n_segment, n_wanted, n_picked
 
 cdef enum: OP_PHASES = 2  # of an operation, at most
 

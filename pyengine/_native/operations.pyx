@@ -29,7 +29,9 @@ cdef void run_op(Program program, Op *op, const Batch *batch, Worker *worker) no
         qkv.f32, qkv.bf16, qkv.stride = src.data, NULL, src.stride
         if op.narrow_qkv and n_row > FEW_ROWS:
             qkv.bf16, qkv.stride = program.qkv.bf16, program.qkv.q8.stride
-        attend(worker, &op.attention, &qkv, batch.segments, batch.n_segment, scratch, out.data, out.stride)
+        attend(worker, &op.attention, &qkv, batch.segments, batch.n_segment,
+               batch.wanted if op.for_picked else batch.segments, batch.n_wanted if op.for_picked else batch.n_segment,
+               scratch, out.data, out.stride)
     elif op.kind == PICK_ROWS:
         if out.data != src.data:
             pick_rows(src, out, batch, worker)

@@ -21,6 +21,7 @@ cdef struct Op:
     Kind kind
     int src, out, residual  # buffers; -1 for none
     bint on_picked  # runs on the rows whose logits are wanted, not on all
+    bint for_picked  # an Attend: of its output only these rows are read
     bint narrow  # a Norm: its output is wanted in int8 or bfloat16; a Linear: its input isn't yet
     bint own_rows  # nobody else wants what is narrowed: with few rows, each thread does it for itself, and nobody waits
     bint narrow_out  # a Linear: the next operation, another, alone reads its output

@@ -117,8 +117,13 @@ cdef class Program:
 
     def add_pick_rows(self, int src, int out):
         """out = the rows of src whose logits are wanted; later operations run on these alone, and read src no more."""
+        cdef int i = self.n_op - 1
         self.picking = True
         self._add(PICK_ROWS, src, out)
+        while i >= 0 and self.ops[i].kind == PICK_ROWS:
+            i -= 1
+        if i >= 0 and self.ops[i].kind == ATTEND and self.ops[i].out == src:
+            self.ops[i].for_picked = True
         if self.buffers[src].width != self.buffers[out].width:
             raise ArgumentError(f"pick_rows: expected {self.buffers[src].width} wide, got {self.buffers[out].width}")
 
