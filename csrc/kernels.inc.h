@@ -25,8 +25,8 @@
  * PE_OWN_GROUP        defined where a level makes int8 activations of a group ready for all panels: vq_group_q8, vq_make_ready,
  *                     group_q8 (tiles_int8.inc.h)
  * PE_Q4_UNPACK        the fewest rows for which int4 weights are unpacked to memory first, where a level does that, with
- *                     PE_Q4_UNPACKED_ROWS and PANELS of a tile of these; if that is one panel, with vq_dot_at(&acc, a, p), vq_dot of
- *                     64 bytes of int8 weights as they lie
+ *                     PE_Q4_UNPACKED_ROWS and PANELS of a tile of these; PE_Q4_ORIGIN is 0. With PE_OWN_GROUP it is one panel, and
+ *                     there is vq_dot_at(&acc, a, p), vq_dot of 64 bytes of int8 weights as they lie
  * PE_BF16_DOT         defined where the level has vdpbf16ps, with vb, vb_weights, vb_activations, vb_dot (tiles_float.inc.h), and
  *                     vf_store_bf16, vf_store_bf16_normal (rows.inc.h)
  * PE_PIN(v)           keeps v in a register, where a compiler would not; vf_mad_to(&acc, a, b) acc = vf_mad(a, b, acc) likewise, if

@@ -57,6 +57,17 @@ PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
     return (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP_BYTES;
 }
 
+PE_INLINE void end_q4(int rows, int panels, const float *sums, const pe_output *out)
+{
+    PE_UNROLL
+    for (int p = 0; p < panels; p++) {
+        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        PE_UNROLL
+        for (int r = 0; r < rows; r++)
+            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
+    }
+}
+
 PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const pe_output *out,
                        pe_ahead ahead)
 {
@@ -104,13 +115,7 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             }
         }
     }
-    PE_UNROLL
-    for (int p = 0; p < panels; p++) {
-        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
-    }
+    end_q4(rows, panels, sums, out);
 }
 
 PE_MATMUL(q4, Q4, pe_rows_q8, pe_weights_q4)
@@ -133,47 +138,26 @@ static void unpack_q4(const uint8_t *octets, int64_t n, int8_t *quads)
     }
 }
 
-/* The integers of a group of unpacked weights. Where a tile is one panel wide, its weights stay in memory. */
-PE_INLINE void unpacked_q4(int rows, int panels, const uint8_t *q, int64_t stride, const int8_t *quads, int64_t panel_stride,
-                           vi acc[12][4])
+/* The integers of a group of unpacked weights, by the tile of int8 if that takes activations as they lie; else it is one panel, whose
+ * weights stay in memory. */
+PE_INLINE void unpacked_q4(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, vi acc[12][4])
 {
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = vi_set(0);
-#if PE_Q4_UNPACKED_PANELS == 1
+#ifdef PE_OWN_GROUP
     (void)panel_stride;
     for (int i = 0; i < PE_Q4_GROUP / 4; i++)
         PE_UNROLL
         for (int r = 0; r < rows; r++)
-            vq_dot_at(&acc[r][0], vq_activations(q + r * stride + 4 * i), quads + i * 4 * PE_LANES);
+            vq_dot_at(&acc[r][0], vq_ready(x, r, i), quads + i * 4 * PE_LANES);
 #else
-    const int8_t *end = quads + PE_Q4_GROUP * PE_LANES;
-    const uint8_t *third[4]; /* as in group_q8 */
-    PE_HIDE(end);
-    PE_UNROLL
-    for (int r = 0; r < rows; r += 3)
-        third[r / 3] = q + r * stride;
-    do {
-        vq_w column[4];
-        PE_UNROLL
-        for (int p = 0; p < panels; p++)
-            column[p] = vq_weights(quads + p * panel_stride);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vq_a value = vq_activations(third[r / 3] + r % 3 * stride);
-            PE_UNROLL
-            for (int p = 0; p < panels; p++)
-                vq_dot(&acc[r][p], value, column[p]);
-        }
-        PE_UNROLL
-        for (int r = 0; r < rows; r += 3) {
-            third[r / 3] += 4;
-            PE_HIDE(third[r / 3]);
-        }
-        quads += 4 * PE_LANES;
-    } while (quads != end);
+    int64_t n_quad = PE_Q4_GROUP / 4;
+    PE_HIDE(n_quad); /* unrolled, gcc spills */
+    /* what it asks for is what it reads: what comes next isn't unpacked yet */
+    group_q8(rows, panels, x, quads, panel_stride, n_quad, quads, 64, acc);
 #endif
 }
 
@@ -201,7 +185,8 @@ PE_INLINE void tile_unpacked(int rows, int panels, const pe_rows_q8 *x, const pe
         const int64_t end = (g + 1) * PARTS < n_group ? (g + 1) * PARTS : n_group;
         for (int64_t i = g * PARTS; i < end; i++) {
             vi acc[12][4];
-            unpacked_q4(rows, panels, x->q + i * PE_Q4_GROUP, x->stride, quads + i * PE_Q4_GROUP * PE_LANES, panel_stride, acc);
+            const vq_group at = {x->q + i * PE_Q4_GROUP, x->stride};
+            unpacked_q4(rows, panels, &at, quads + i * PE_Q4_GROUP * PE_LANES, panel_stride, acc);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
@@ -221,13 +206,7 @@ PE_INLINE void tile_unpacked(int rows, int panels, const pe_rows_q8 *x, const pe
             }
         }
     }
-    PE_UNROLL
-    for (int p = 0; p < panels; p++) {
-        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
-        PE_UNROLL
-        for (int r = 0; r < rows; r++)
-            store_tile(out, r, p, vf_add(vf_load(sums + (r * panels + p) * PE_LANES), bias));
-    }
+    end_q4(rows, panels, sums, out);
 }
 
 static void panels_unpacked(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q4 *w, int64_t panel, int64_t n_panel,
