@@ -24,12 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import metrics, random_checkpoint, report
-from bench.checkpoint import once
+from bench import random_checkpoint, report
 from bench.contender import Contender, Subject, Trouble, fitting, good
+from bench.conversions import once
 from bench.engines import VARIANTS, WIDTHS
 from bench.metrics import METRICS, TITLES
 from bench.remote import Remote
+from bench.roofline import decode_bytes, roofline
 from pyengine import loading
 from pyengine.cost import cost
 
@@ -141,7 +142,7 @@ def rooflines(limits: dict[str, Any], subjects: list[Subject]) -> dict[str, dict
         except Trouble:
             continue
         for width in WIDTHS:
-            found[width][name] = metrics.roofline(plan, width, metric, limits)
+            found[width][name] = roofline(plan, width, metric, limits)
     return found
 
 
@@ -154,7 +155,7 @@ def describe(subject: Subject) -> dict[str, Any]:
         "parameters": counted.n_parameter,
         "context": subject.plan.max_seq_len,
         "prompt_flops_per_token": counted.block_flops,
-        "bytes_per_step": {width: metrics.decode_bytes(subject.plan, width) for width in WIDTHS},
+        "bytes_per_step": {width: decode_bytes(subject.plan, width) for width in WIDTHS},
     }
 
 

@@ -25,9 +25,9 @@ class Subject:
     plan: Plan
 
 
-# Of one process: seconds from after the imports to the first token, and from before them; peak bytes, and those after
-# the imports.
-PROCESS_SAMPLES = ("load", "load_with_import", "memory", "memory_after_import")
+# Of one process: seconds from after the imports to the first token, from before them, and with what the conversion
+# took; peak bytes, and those after the imports.
+PROCESS_SAMPLES = ("load", "load_with_import", "from_checkpoint", "memory", "memory_after_import")
 
 
 class Trouble(Exception):
@@ -56,6 +56,7 @@ class Contender:
     logs: Path
     remotes: dict[Path, Remote] = field(default_factory=dict)
     files: dict[Path, str] = field(default_factory=dict)
+    converting: dict[Path, float | None] = field(default_factory=dict)  # seconds; None where nobody knows
     found: dict[str, Any] = field(default_factory=dict)  # what results.json says of it
 
     def __post_init__(self) -> None:
@@ -97,6 +98,7 @@ class Contender:
             answer = converter.ask("convert", checkpoint=str(subject.folder), work=str(subject.work / self.engine))
             converter.close()
             self.files[subject.folder] = good(answer)["files"]
+            self.converting[subject.folder] = answer["seconds"]
             agreement = self.agreement(self.loaded(subject), subject.plan, reference)
             self.found["checks"][subject.folder.name] = agreement
             problem = check.verdict(self.found["width"], agreement)
@@ -136,7 +138,7 @@ class Contender:
         if set(metrics) & set(PROCESS_METRICS):
             self._record(PROCESS_SAMPLES, lambda: self._fresh(subjects[0]))
 
-    def _record(self, names: Sequence[str], sample: Callable[[], Sequence[float]]) -> None:
+    def _record(self, names: Sequence[str], sample: Callable[[], Sequence[float | None]]) -> None:
         """Appends to the samples of metrics what `sample` returns; None for each where it can't."""
         try:
             values: Sequence[float | None] = sample()
@@ -168,7 +170,7 @@ class Contender:
     def _run(self, remote: Remote, metric: Metric, subject: Subject, seed: int) -> dict[str, Any]:
         return good(remote.ask("run", metric=asdict(metric), vocab_size=subject.plan.vocab_size, seed=seed))
 
-    def _fresh(self, subject: Subject) -> Sequence[float]:
+    def _fresh(self, subject: Subject) -> Sequence[float | None]:
         """PROCESS_SAMPLES of a new process, its files read just before: the system's cache may have given some up."""
         read_through(Path(self.files[subject.folder]))
         remote = self.start()
@@ -179,7 +181,12 @@ class Contender:
             memory = good(remote.ask("memory"))["bytes"]
         finally:
             remote.close()
-        return load, load + remote.hello["import_seconds"], memory, remote.hello["bytes"]
+        with_import = load + remote.hello["import_seconds"]
+        converting = self.converting[subject.folder]
+        if converting is None:
+            self._metric("from_checkpoint")["skipped"] = "nobody knows how long the conversion took"
+        whole = None if converting is None else converting + with_import
+        return load, with_import, whole, memory, remote.hello["bytes"]
 
 
 def read_through(path: Path) -> None:

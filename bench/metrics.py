@@ -1,16 +1,12 @@
-"""What is measured, and the roofline that a figure stands beside."""
+"""What is measured. Workers import it, so it imports nothing of pyengine, which would not count as our imports then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bench.engines import Run
-from pyengine.cost import cost
-from pyengine.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,7 @@ USE = Metric("use", 1, 512, 16)  # what it does before its memory is read, as fa
 PROCESS_METRICS = {
     "load": "load to the first token, imports done",
     "load_with_import": "load to the first token, imports included",
+    "from_checkpoint": "from the checkpoint to the first token, its conversion included",
     "memory": "peak memory",
 }
 
@@ -64,25 +61,3 @@ def short(metric: Metric, max_seq_len: int) -> Metric:
     """The metric with a prompt that fits into the context."""
     fitting = min(metric.prompt_tokens, max_seq_len - metric.new_tokens)
     return Metric(metric.title, metric.n_prompt, fitting, metric.new_tokens)
-
-
-def roofline(plan: Plan, width: str, metric: Metric, limits: Mapping[str, Any]) -> float | None:
-    """The tokens a second that the limits allow to weights of this width; None where a limit wasn't measured.
-
-    Counted are the weights, read once a step, and the products with them, those that all tokens need alone in a prompt,
-    as in `pyengine bench`; neither keys and values nor anything else.
-    """
-    exact = cost(plan, "float32", "float32")
-    peak = limits.get("peak_" + {"int4": "int8"}.get(width, width))
-    bandwidth = limits["bandwidth"]
-    if peak is None:
-        return None
-    if not metric.new_tokens:
-        return float(peak) / exact.block_flops
-    flops = metric.n_prompt * (exact.block_flops + exact.picked_flops)
-    return metric.n_prompt / max(decode_bytes(plan, width) / bandwidth, flops / peak)
-
-
-def decode_bytes(plan: Plan, width: str) -> float:
-    """Bytes of weights that a step reads, as our packed form has them."""
-    return cost(plan, width, "float32").decode_bytes

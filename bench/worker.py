@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from bench import check
+from bench.conversions import seconds_of
 from bench.engines import Base, NotAvailable, engine_class
 from bench.metrics import Metric
 
@@ -38,8 +39,9 @@ class Worker:
         self.variant = variant
 
     def convert(self, checkpoint: str, work: str) -> Answer:
-        """Makes the files that the engine loads, once."""
-        return {"files": str(self.engine.convert(Path(checkpoint), Path(work), self.variant))}
+        """Makes the files that the engine loads, once; seconds that it took then, null where nobody knows."""
+        files = self.engine.convert(Path(checkpoint), Path(work), self.variant)
+        return {"files": str(files), "seconds": 0.0 if files == Path(checkpoint) else seconds_of(files)}
 
     def load(self, files: str, threads: int) -> Answer:
         """Loads; seconds until it is done."""

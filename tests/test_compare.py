@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +15,13 @@ from checkpoints import write_checkpoint
 
 pytest.importorskip("bench.report", reason="needs the checkout on the path: python -m pytest")
 
-from bench import check, compare, metrics, report
-from bench.checkpoint import tensors
+from bench import check, compare, report
 from bench.contender import PROCESS_SAMPLES, Contender, Subject, Trouble, fitting
+from bench.conversions import once, seconds_of
+from bench.conversions.checkpoint import tensors
 from bench.metrics import METRICS, Metric
 from bench.remote import Remote
+from bench.roofline import roofline
 from pyengine import loading
 from pyengine.checkpoint import Checkpoint
 from pyengine.cost import cost
@@ -105,12 +108,12 @@ def test_roofline_is_the_slower_of_reading_and_multiplying(tmp_path: Path) -> No
     counted = cost(plan, "float32", "float32")
     limits = {"bandwidth": counted.decode_bytes * 100.0, "peak_float32": 1e12, "peak_int8": 1e12}
     one, many = Metric("", 1, 8, 4), Metric("", 8, 8, 4)
-    assert metrics.roofline(plan, "float32", one, limits) == pytest.approx(100)
-    assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(800)
+    assert roofline(plan, "float32", one, limits) == pytest.approx(100)
+    assert roofline(plan, "float32", many, limits) == pytest.approx(800)
     limits["peak_float32"] = 400.0 * (counted.block_flops + counted.picked_flops)
-    assert metrics.roofline(plan, "float32", many, limits) == pytest.approx(400)
-    assert metrics.roofline(plan, "bfloat16", one, limits) is None  # its peak wasn't measured
-    prompt = metrics.roofline(plan, "float32", Metric("", 1, 8, 0), limits)
+    assert roofline(plan, "float32", many, limits) == pytest.approx(400)
+    assert roofline(plan, "bfloat16", one, limits) is None  # its peak wasn't measured
+    prompt = roofline(plan, "float32", Metric("", 1, 8, 0), limits)
     assert prompt == pytest.approx(limits["peak_float32"] / counted.block_flops)
 
 
@@ -137,6 +140,31 @@ def test_what_other_engines_are_given(tmp_path: Path, monkeypatch: pytest.Monkey
             transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # stored as [in, out]
             np.testing.assert_array_equal(values, expected.T if transposed else expected)
     assert len(found) == len(checkpoint.tensors)
+
+
+def test_a_conversion_is_made_and_timed_once(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        time.sleep(0.01)
+        path.write_text("made")
+
+    def fail(path: Path) -> None:
+        path.write_text("half of it")
+        raise ValueError
+
+    exact = once(tmp_path / "files" / "exact", make)
+    rounded = once(tmp_path / "files" / "rounded", make, exact)
+    first, both = seconds_of(exact), seconds_of(rounded)
+    assert first is not None and both is not None and 0.01 <= first < first + 0.01 <= both
+    assert once(exact, fail) == exact and seconds_of(exact) == first  # it is there
+    with pytest.raises(ValueError):
+        once(tmp_path / "broken", fail)
+    assert not (tmp_path / "broken").exists() and seconds_of(tmp_path / "broken") is None
+
+
+def test_a_worker_imports_nothing_of_ours_for_others() -> None:
+    # What a worker has imported before its engine isn't counted as the engine's imports.
+    code = "import bench.worker, sys; sys.exit(any(name.split('.')[0] == 'pyengine' for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -179,5 +207,5 @@ def test_worker_measures_and_checks_our_own_engine(tmp_path: Path, monkeypatch: 
     (rate,) = contender.found["metrics"]["short"]["samples"]
     assert 10 < rate < 1e7
     samples = {name: contender.found["metrics"][name]["samples"] for name in PROCESS_SAMPLES}
-    assert 0 < samples["load"][0] < samples["load_with_import"][0]
+    assert 0 < samples["load"][0] < samples["load_with_import"][0] == samples["from_checkpoint"][0]
     assert 1e6 < samples["memory_after_import"][0] <= samples["memory"][0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import ctranslate2
 import numpy as np
 
-from bench.checkpoint import once
+from bench.conversions import once
 from bench.engines import Base, Floats, Prompts, Run
 
 

@@ -1,6 +1,4 @@
-"""llama.cpp, through the C functions that llama-cpp-python binds; its GGUF files are written here and quantised by
-llama.cpp itself.
-"""
+"""llama.cpp, through the C functions that llama-cpp-python binds."""
 
 from __future__ import annotations
 
@@ -10,23 +8,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.checkpoint import once, tensors, vocabulary
+from bench.conversions import once
 from bench.engines import Base, Floats, Prompts, Run
-from pyengine import loading
 
 Rows = NDArray[np.int64]
 
-FILE_TYPES = {
-    "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
 CELLS = 256  # a context is a multiple of so many positions
 
 
@@ -37,8 +27,10 @@ class Engine(Base):
 
     @staticmethod
     def convert(checkpoint: Path, work: Path, variant: str) -> Path:
+        from bench.conversions.llama_cpp import quantise, write_gguf
+
         exact = once(work / "F32.gguf", partial(write_gguf, checkpoint))
-        return exact if variant == "F32" else once(work / f"{variant}.gguf", partial(quantise, exact, variant))
+        return exact if variant == "F32" else once(work / f"{variant}.gguf", partial(quantise, exact, variant), exact)
 
     def __init__(self, files: Path, variant: str, threads: int) -> None:
         llama_cpp.llama_backend_init()
@@ -114,41 +106,3 @@ class Context:
             raise RuntimeError(f"llama_decode returned {code} for {n} rows")
         logits = llama_cpp.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(logits, (int(self.wanted[:n].sum()), self.vocab_size))
-
-
-def write_gguf(checkpoint: Path, path: Path) -> None:
-    """The checkpoint as a GGUF file in float32."""
-    plan = loading.plan_of(checkpoint)
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(plan.max_seq_len)
-    writer.add_embedding_length(plan.d_model)
-    writer.add_feed_forward_length(plan.buffers["hidden"])
-    writer.add_block_count(plan.n_layer)
-    writer.add_head_count(plan.n_head)
-    writer.add_layer_norm_eps(next(op.eps for op in plan.ops if hasattr(op, "eps")))
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    tokens, merges = vocabulary(checkpoint, plan.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(len(tokens) - 1)
-    writer.add_eos_token_id(len(tokens) - 1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, plan.n_layer)
-    for name, values in tensors(checkpoint):
-        prefix = "" if name.startswith("lm_head") else "transformer."
-        writer.add_tensor(names.get_name(prefix + name, (".weight", ".bias")), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def quantise(exact: Path, variant: str, path: Path) -> None:
-    """A GGUF file of another type, by llama.cpp."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[variant]
-    code = llama_cpp.llama_model_quantize(str(exact).encode(), str(path).encode(), params)
-    if code:
-        raise RuntimeError(f"{variant}: llama_model_quantize returned {code}")

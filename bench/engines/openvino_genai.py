@@ -13,7 +13,7 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from bench.checkpoint import once
+from bench.conversions import once
 from bench.engines import Base, Floats, Prompts, Run
 
 FORMATS = {"float32": "fp32", "int8": "int8", "int4": "int4"}  # what the exporter calls them

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +39,3 @@ def vocabulary(folder: Path, vocab_size: int) -> tuple[list[str], list[str]]:
     names = {i: token for token, i in ids.items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return [names.get(i, f"<unused {i}>") for i in range(vocab_size)], merges
-
-
-def once(path: Path, make: Callable[[Path], None]) -> Path:
-    """Makes a file or a folder unless it is there; what breaks off half-way doesn't count as there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name("unfinished-" + path.name)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make(unfinished)
-        os.replace(unfinished, path)
-    return path
