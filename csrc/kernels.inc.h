@@ -11,7 +11,7 @@
  * vf_mad              a * b + c, fused where the level has FMA: for long sums
  * vf_round vf_to_int  to the nearest integer, ties to even, INT32_MIN for NaN and what doesn't fit; vi_to_float
  * vf_bits vi_bits     reinterpret; vi_shl vi_sra by a constant
- * vf_lt vf_select     (a < b) as a mask; mask ? a : b
+ * vf_lt vf_select     (a < b) as a mask; mask ? a : b; vf_pick(table, i) the table's lanes i, 0 to 15
  * vf_sum hmax hmin    across the lanes by the fixed tree (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1)
  * vi_load_s16 s8      16 int16, 16 int8; vi_store_s16 s8 u8 (p, a) 16 integers, clamped to what they can be
  * vq_w vq_weights     64 bytes of packed int8 weights, made ready; vq_a vq_activations 4 bytes of a row, in all lanes

@@ -205,28 +205,40 @@ static void pack_bf16(const float *panel, int64_t k, uint16_t *to)
     }
 }
 
-/* The nearest entry of the codebook, as a value and as its index. */
-PE_INLINE vf nearest_q4(vf x, vi *code)
+/* The entries of the codebook, and the border between each and the one before it. */
+typedef struct {
+    vf entry, border;
+} codebook_q4;
+
+static codebook_q4 load_codebook_q4(void)
 {
-    vf value = vf_set(pe_q4_codebook[0]), index = vf_set(0.0f);
+    float entry[PE_LANES], border[PE_LANES] = {0};
+    for (int i = 0; i < PE_LANES; i++)
+        entry[i] = pe_q4_codebook[i];
+    for (int i = 1; i < PE_LANES; i++)
+        border[i] = (entry[i - 1] + entry[i]) * 0.5f;
+    return (codebook_q4){vf_load(entry), vf_load(border)};
+}
+
+/* The index of the nearest entry: a binary search. */
+PE_INLINE vi nearest_q4(vf x, const codebook_q4 *book)
+{
+    vi index = vi_set(0);
     PE_UNROLL
-    for (int i = 1; i < 16; i++) {
-        const vm below = vf_lt(x, vf_set((float)(pe_q4_codebook[i - 1] + pe_q4_codebook[i]) * 0.5f));
-        value = vf_select(below, value, vf_set(pe_q4_codebook[i]));
-        index = vf_select(below, index, vf_set((float)i));
+    for (int half = 8; half > 0; half /= 2) {
+        const vi upper = vi_add(index, vi_set(half));
+        index = vf_bits(vf_select(vf_lt(x, vf_pick(book->border, upper)), vi_bits(index), vi_bits(upper)));
     }
-    if (code)
-        *code = vf_to_int(index);
-    return value;
+    return index;
 }
 
 /* The scale that is best for the entries nearest to panel / scale; `gain` is what it takes off the sum of squares. */
-PE_INLINE vf refit_q4(const float *panel, int64_t n, vf scale, vf *gain)
+PE_INLINE vf refit_q4(const float *panel, int64_t n, vf scale, const codebook_q4 *book, vf *gain)
 {
     const vf inverse = inverse_of(scale);
     vf product = vf_set(0.0f), square = product;
     for (int64_t i = 0; i < n; i++) {
-        const vf v = vf_load(panel + i * PE_LANES), entry = nearest_q4(vf_mul(v, inverse), 0);
+        const vf v = vf_load(panel + i * PE_LANES), entry = vf_pick(book->entry, nearest_q4(vf_mul(v, inverse), book));
         product = vf_fma(v, entry, product);
         square = vf_fma(entry, entry, square);
     }
@@ -236,7 +248,7 @@ PE_INLINE vf refit_q4(const float *panel, int64_t n, vf scale, vf *gain)
 }
 
 /* A scale for n values of each of 16 columns, in bfloat16. */
-static vf scale_q4(const float *panel, int64_t n)
+static vf scale_q4(const float *panel, int64_t n, const codebook_q4 *book)
 {
     static const float starts[] = {0.95f, 1.05f};
     vf largest = vf_set(0.0f), size = largest, scale = largest, gain = vf_set(-1.0f);
@@ -248,20 +260,21 @@ static vf scale_q4(const float *panel, int64_t n)
     for (int end = 0; end < 16; end += 15)
         for (int i = 0; i < 2; i++) {
             vf g;
-            const vf s = refit_q4(panel, n, vf_mul(largest, vf_set(starts[i] / pe_q4_codebook[end])), &g);
+            const vf s = refit_q4(panel, n, vf_mul(largest, vf_set(starts[i] / pe_q4_codebook[end])), book, &g);
             const vm better = vf_lt(gain, g);
             scale = vf_select(better, s, scale);
             gain = vf_select(better, g, gain);
         }
-    return vi_bits(vi_shl(to_bf16(refit_q4(panel, n, scale, &gain)), 16));
+    return vi_bits(vi_shl(to_bf16(refit_q4(panel, n, scale, book, &gain)), 16));
 }
 
 static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale, float *weight_sum)
 {
+    const codebook_q4 book = load_codebook_q4();
     vf sum = vf_set(0.0f);
     for (int64_t start = 0; start < k; start += PE_Q4_GROUP, scale += PE_LANES) {
         const int64_t end = k - start < PE_Q4_GROUP ? k : start + PE_Q4_GROUP;
-        const vf step = scale_q4(panel + start * PE_LANES, end - start), inverse = inverse_of(step);
+        const vf step = scale_q4(panel + start * PE_LANES, end - start, &book), inverse = inverse_of(step);
         vf column_sum = vf_set(0.0f); /* of small integers: exact */
         vi_store_s16((int16_t *)scale, vi_sra(vf_bits(step), 16));
         for (int64_t i = start; i < start + PE_Q4_GROUP; i += 8, q += 4 * PE_LANES) {
@@ -269,8 +282,10 @@ static void pack_q4(const float *panel, int64_t k, uint8_t *q, uint16_t *scale, 
             PE_UNROLL
             for (int r = 0; r < 8; r++) {
                 vi code = vi_set(PE_Q4_ZERO);
-                if (i + r < end)
-                    column_sum = vf_add(column_sum, nearest_q4(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse), &code));
+                if (i + r < end) {
+                    code = nearest_q4(vf_mul(vf_load(panel + (i + r) * PE_LANES), inverse), &book);
+                    column_sum = vf_add(column_sum, vf_pick(book.entry, code));
+                }
                 bits = vi_or(bits, vi_shl(code, r % 4 * 8 + r / 4 * 4));
             }
             vf_store((float *)(void *)q, vi_bits(bits));

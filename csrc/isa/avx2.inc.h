@@ -74,6 +74,12 @@ PE_INLINE vm vf_lt(vf a, vf b)
     return (vm){_mm256_cmp_ps(a.l, b.l, _CMP_LT_OQ), _mm256_cmp_ps(a.h, b.h, _CMP_LT_OQ)};
 }
 PE_INLINE vf vf_select(vm m, vf a, vf b) { return PE_ALL3(vf, _mm256_blendv_ps, b, a, m); }
+PE_INLINE __m256 pick8(vf table, __m256i index)
+{
+    const __m256 low = _mm256_permutevar8x32_ps(table.l, index), high = _mm256_permutevar8x32_ps(table.h, index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+PE_INLINE vf vf_pick(vf table, vi index) { return (vf){pick8(table, index.l), pick8(table, index.h)}; }
 PE_INLINE vi vi_load_s16(const int16_t *p)
 {
     return (vi){_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)),

@@ -99,6 +99,17 @@ PE_INLINE vi vi_max(vi x, vi y) { return PE_BOTH(vi, vmaxq_s32, x, y); }
 #define PE_SHIFT(op, x, n) ((vi){op((x).a, n), op((x).b, n), op((x).c, n), op((x).d, n)})
 #define vi_shl(x, n) PE_SHIFT(vshlq_n_s32, x, n)
 #define vi_sra(x, n) PE_SHIFT(vshrq_n_s32, x, n)
+PE_INLINE float32x4_t pick4(uint8x16x4_t table, int32x4_t index)
+{
+    const int32x4_t bytes = vmlaq_s32(vdupq_n_s32(0x03020100), index, vdupq_n_s32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_s32(bytes)));
+}
+PE_INLINE vf vf_pick(vf x, vi index)
+{
+    const uint8x16x4_t table = {
+        {vreinterpretq_u8_f32(x.a), vreinterpretq_u8_f32(x.b), vreinterpretq_u8_f32(x.c), vreinterpretq_u8_f32(x.d)}};
+    return (vf){pick4(table, index.a), pick4(table, index.b), pick4(table, index.c), pick4(table, index.d)};
+}
 PE_INLINE vi vi_load_s16(const int16_t *p)
 {
     int16x8_t l = vld1q_s16(p), h = vld1q_s16(p + 8);

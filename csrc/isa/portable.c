@@ -137,6 +137,12 @@ PE_INLINE vf vf_select(vm m, vf a, vf b)
     PE_FOR r.x[i] = m.x[i] ? a.x[i] : b.x[i];
     return r;
 }
+PE_INLINE vf vf_pick(vf table, vi index)
+{
+    vf r;
+    PE_FOR r.x[i] = table.x[index.x[i]];
+    return r;
+}
 PE_INLINE vi vi_load_s16(const int16_t *p)
 {
     vi r;

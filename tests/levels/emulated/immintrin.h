@@ -68,6 +68,7 @@ I16(_mm512_set1_epi16, (short a), a)
 EACH(__m512i, bytes, _mm512_set1_epi8, (char a), a)
 #define _mm512_setr_epi32(...) ((__m512i)(dwords){__VA_ARGS__})
 I32(_mm512_broadcast_i32x4, (__m128i a), ((VECTOR(int32_t, 16))a)[i % 4])
+F32(_mm512_permutexvar_ps, (__m512i at, __m512 a), a[((dwords)at)[i] & 15])
 F32(_mm512_permutex2var_ps, (__m512 a, __m512i at, __m512 b),
     (((dwords)at)[i] & 16 ? b : a)[((dwords)at)[i] & 15])
 EACH(__m512i, bytes, _mm512_shuffle_epi8, (__m512i a, __m512i at),
