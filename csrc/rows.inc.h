@@ -189,16 +189,32 @@ static float row_max(const float *x, int64_t n)
     return nan == nan ? vf_hmax(largest) : nan;
 }
 
-/* Each lane's sum carries its rounding errors along (Knuth's TwoSum), and the lanes are added in double. */
+/* The exponentials of some n of exp_sum's values: at most EXPS vectors, and their sum, a vector that isn't there counting as 0. */
+enum { EXPS = 4 };
+PE_INLINE vf exps(const float *x, int64_t n, float offset, float scale, float *y)
+{
+    vf e[EXPS];
+    PE_UNROLL
+    for (int i = 0; i < EXPS; i++) {
+        e[i] = vf_set(0.0f);
+        if (n <= i * PE_LANES)
+            continue;
+        e[i] = vm_exp(vf_mul(vf_set(scale), vf_sub(load_or(x, i * PE_LANES, n, -INFINITY), vf_set(offset))));
+        if (y && n - i * PE_LANES >= PE_LANES)
+            vf_store(y + i * PE_LANES, e[i]);
+        else if (y)
+            vf_store_part(y + i * PE_LANES, e[i], (int)(n - i * PE_LANES));
+    }
+    return vf_add(vf_add(e[0], e[1]), vf_add(e[2], e[3]));
+}
+
+/* Each lane's sum carries its rounding errors along (Knuth's TwoSum), of four vectors at a time, and the lanes are added in double. */
 static double exp_sum(const float *x, int64_t n, float offset, float scale, float *y)
 {
     vf sum = vf_set(0.0f), error = sum;
-    for (int64_t i = 0; i < n; i += PE_LANES) {
-        const vf e = vm_exp(vf_mul(vf_set(scale), vf_sub(load_or(x, i, n, -INFINITY), vf_set(offset))));
-        if (y && n - i >= PE_LANES)
-            vf_store(y + i, e);
-        else if (y)
-            vf_store_part(y + i, e, (int)(n - i));
+    for (int64_t i = 0; i < n; i += EXPS * PE_LANES) {
+        const vf e = n - i >= EXPS * PE_LANES ? exps(x + i, EXPS * PE_LANES, offset, scale, y ? y + i : 0)
+                                              : exps(x + i, n - i, offset, scale, y ? y + i : 0);
         const vf next = vf_add(sum, e), part = vf_sub(next, sum);
         error = vf_add(error, vf_add(vf_sub(sum, vf_sub(next, part)), vf_sub(e, part)));
         sum = next;

@@ -28,16 +28,24 @@ cdef int64_t gather(const float *x, int64_t n, const float *maxima, float low, f
 
 cdef int64_t coarse(const float *x, const float *weights, int64_t n, float top, double span, double target,
                     double *above, int16_t *buckets, float *values, float *masses) noexcept nogil:
-    """`narrow` for a whole row: the buckets cover `span` below the top, and the last one takes all that lies lower.
+    """`narrow` for a whole row: the buckets cover `span` below the top. Returns 0 where the sum doesn't reach `target` in them.
 
-    A bucket's sum waits for the one before if that was its own: so there are four sums for each.
+    A bucket's sum waits for the one before if that was its own: so there are four sums for each, and what lies lower than
+    `span`, which is most, is spread over LANES buckets from the last one on.
     """
-    cdef double sums[4][N_BUCKET]
+    cdef double sums[4][N_BUCKET + LANES]
+    cdef float ends[LANES]
     cdef float per_unit = <float> min((N_BUCKET - 1) / span, 1e38), position
     cdef int64_t i, j, n_found = 0
     cdef int16_t b = 0, hits
     memset(sums, 0, sizeof(sums))
-    for i in range(n):
+    for j in range(LANES):
+        ends[j] = N_BUCKET - 1 + j
+    for i in range(n // LANES):
+        for j in range(LANES):
+            position = (top - x[LANES * i + j]) * per_unit
+            buckets[LANES * i + j] = <int16_t> <int32_t> (position if position < ends[j] else ends[j])
+    for i in range(n - n % LANES, n):
         position = (top - x[i]) * per_unit
         buckets[i] = <int16_t> <int32_t> (position if position < N_BUCKET - 1 else N_BUCKET - 1)
     for i in range(n // 4):
@@ -50,14 +58,16 @@ cdef int64_t coarse(const float *x, const float *weights, int64_t n, float top, 
     while b < N_BUCKET - 1 and above[0] + sums[0][b] < target:
         above[0] += sums[0][b]
         b += 1
-    for i in range(0, n, 16):  # most stretches have no entry of that bucket: one comparison of 16
+    if b == N_BUCKET - 1:
+        return 0
+    for i in range((n + PEAK - 1) // PEAK):  # most have no entry of that bucket
         hits = 0
-        if n - i >= 16:
-            for j in range(16):
-                hits |= buckets[i + j] == b
+        if n - i * PEAK >= PEAK:
+            for j in range(PEAK):
+                hits |= buckets[i * PEAK + j] == b
             if not hits:
                 continue
-        for j in range(i, min(n, i + 16)):
+        for j in range(i * PEAK, min(n, (i + 1) * PEAK)):
             if buckets[j] == b:
                 values[n_found], masses[n_found] = x[j], weights[j]
                 n_found += 1

@@ -257,7 +257,7 @@ cdef class Workspace:
         elif wish.cut > -INFINITY and top >= wish.cut:  # what the filters leave isn't masked altogether
             filters.top_k, filters.top_p, filters.min_p = 0, 1.0, 0.0
         if filters.temperature == 0.0 or (whole and stands_alone(&filters, 1.0 / sum)):
-            wish.cut, i = top, first_of(x, top)
+            wish.cut, i = top, first_of(x, n, top)
             for j in range(wish.n_uniform):
                 wish.token_ids[j] = self.kept_ids[i] if n < self.vocab_size else i
         else:
@@ -376,9 +376,16 @@ cdef float lowest(const float *x, const float *weights, int64_t n) noexcept nogi
     return low
 
 
-cdef int64_t first_of(const float *x, float value) noexcept nogil:
-    """Where x has a value that it is known to have."""
-    cdef int64_t i = 0
+cdef int64_t first_of(const float *x, int64_t n, float value) noexcept nogil:
+    """Where x first has a value that it is known to have. Blocks are passed over as a whole."""
+    cdef int64_t i = 0, j
+    cdef int hits = 0
+    while n - i >= PEAK:
+        for j in range(PEAK):
+            hits |= x[i + j] == value
+        if hits:
+            break
+        i += PEAK
     while x[i] != value:
         i += 1
     return i
