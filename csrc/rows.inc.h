@@ -189,7 +189,8 @@ static float row_max(const float *x, int64_t n)
     return nan == nan ? vf_hmax(largest) : nan;
 }
 
-/* The exponentials of some n of exp_sum's values: at most EXPS vectors, and their sum, a vector that isn't there counting as 0. */
+/* What exp_sum does with n of its values, at most EXPS vectors of them; their sum, in which a vector that isn't there is 0. Where n is
+ * known to the compiler, nothing asks whether a vector is there, or whole. */
 enum { EXPS = 4 };
 PE_INLINE vf exps(const float *x, int64_t n, float offset, float scale, float *y)
 {

@@ -57,6 +57,14 @@ PE_INLINE int64_t q4_panel_bytes(const pe_weights_q4 *w)
     return (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP * PE_Q4_GROUP_BYTES;
 }
 
+/* Adds what a group of activations gives a row: `part`, its products with the weights, and its zero point times their sum; `at`: its
+ * scale and offset in x. */
+PE_INLINE void add_group_q4(const pe_rows_q8 *x, int64_t at, vf weight_sum, vf part, float *sum)
+{
+    const vf centred = vf_mad(vf_set((float)x->offset[at]), weight_sum, part);
+    vf_store(sum, vf_mad(vf_set(x->scale[at]), centred, vf_load(sum)));
+}
+
 PE_INLINE void end_q4(int rows, int panels, const float *sums, const pe_output *out)
 {
     PE_UNROLL
@@ -105,15 +113,11 @@ PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weigh
             }
         }
         PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]), offset = vf_set((float)x->offset[r * x_groups + g]);
+        for (int r = 0; r < rows; r++)
             PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                float *sum = sums + (r * panels + p) * PE_LANES;
-                const vf centred = vf_mad(offset, weight_sum[p], vf_load(part + (r * panels + p) * PE_LANES));
-                vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
-            }
-        }
+            for (int p = 0; p < panels; p++)
+                add_group_q4(x, r * x_groups + g, weight_sum[p], vf_load(part + (r * panels + p) * PE_LANES),
+                             sums + (r * panels + p) * PE_LANES);
     }
     end_q4(rows, panels, sums, out);
 }
@@ -196,15 +200,11 @@ PE_INLINE void tile_unpacked(int rows, int panels, const pe_rows_q8 *x, const pe
             }
         }
         PE_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const vf scale = vf_set(x->scale[r * x_groups + g]), offset = vf_set((float)x->offset[r * x_groups + g]);
+        for (int r = 0; r < rows; r++)
             PE_UNROLL
-            for (int p = 0; p < panels; p++) {
-                float *sum = sums + (r * panels + p) * PE_LANES;
-                const vf centred = vf_mad(offset, vf_load(weight_sums + (p * n_sum + g) * PE_LANES), part[r][p]);
-                vf_store(sum, vf_mad(scale, centred, vf_load(sum)));
-            }
-        }
+            for (int p = 0; p < panels; p++)
+                add_group_q4(x, r * x_groups + g, vf_load(weight_sums + (p * n_sum + g) * PE_LANES), part[r][p],
+                             sums + (r * panels + p) * PE_LANES);
     }
     end_q4(rows, panels, sums, out);
 }
