@@ -1,4 +1,4 @@
-"""What the cgroups of this process allow it (Linux; versions 1 and 2): CPU time, and memory."""
+"""What the cgroups of this process allow it (Linux; versions 1 and 2): CPU time, memory, and memory nodes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+STATUS = Path("/proc/self/status")
 
 Reader = Callable[[Path], float | None]
 
@@ -19,6 +20,16 @@ def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
 def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
     """Bytes that this process can still take; None: no limit."""
     return _least(root, membership, "memory", _memory_v2, _memory_v1)
+
+
+def memory_nodes(status: Path = STATUS) -> int:
+    """How many memory nodes this process may use; 1 where nobody tells."""
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        ranges = [[int(n) for n in part.split("-")] for part in fields["Mems_allowed_list"].split(",")]
+        return sum(part[-1] - part[0] + 1 for part in ranges)
+    except (OSError, KeyError, ValueError):
+        return 1
 
 
 def _least(root: Path, membership: Path, controller: str, read_v2: Reader, read_v1: Reader) -> float | None:

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from numbers import Integral
 
-from ._native.parallel import MOST_THREADS
+from ._native.parallel import MOST_THREADS, usable_cpus
 from .cgroup import cpu_quota
 from .errors import ArgumentError, ArgumentTypeError
 
@@ -36,7 +36,7 @@ def choose_threads(requested: int | None = None) -> Threads:
             return Threads(_checked(VARIABLE, int(os.environ[VARIABLE])), f"set by {VARIABLE}")
         except ValueError:
             raise ArgumentError(f"{VARIABLE}: expected 1..{MOST_THREADS}, got {os.environ[VARIABLE]!r}") from None
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = usable_cpus()
     quota = cpu_quota()
     if quota is not None and quota < cpus:
         count = min(max(1, math.floor(quota)), MOST_THREADS)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ._native.matmul import PackedMatrix
 from ._native.memory import Arena
 from ._native.packing import Loader, StoredMatrix
+from .cgroup import memory_nodes
 from .checkpoint import Checkpoint, TensorInfo
 from .cost import matrix_dtypes
 from .equalize import Scales
@@ -107,7 +108,8 @@ def load_matrices(
     """
     plan, tensors = reader.plan, reader.tensors
     dtypes = matrix_dtypes(plan, dtype)
-    arena = Arena()
+    nodes = memory_nodes()
+    arena = Arena(nodes)
     matrices = {
         name: PackedMatrix(spec.n_out, spec.n_in, dtypes[name], arena) for name, spec in plan.matrices.items()
     }
@@ -115,6 +117,8 @@ def load_matrices(
     done = 0
     for names in _batches(tensors, matrices):
         jobs = [(reader.stored(name), matrices[name], scales.ins.get(name), scales.outs.get(name)) for name in names]
+        if nodes > 1:
+            reader.loader.touch([matrices[name] for name in names])
         bad = reader.loader.pack(jobs)
         if bad >= 0:
             raise not_finite(reader, names[bad])

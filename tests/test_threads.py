@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from pyengine import threads
 from pyengine._native.parallel import taken
-from pyengine.cgroup import cpu_quota
+from pyengine.cgroup import cpu_quota, memory_nodes
 from pyengine.errors import ArgumentError, ArgumentTypeError
 from pyengine.threads import MOST_THREADS, VARIABLE, choose_threads
 
@@ -19,7 +21,7 @@ from pyengine.threads import MOST_THREADS, VARIABLE, choose_threads
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight CPUs, no quota, nothing in the environment."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 8)
     monkeypatch.setattr(threads, "cpu_quota", lambda: None)
 
 
@@ -64,16 +66,21 @@ def test_no_number(value: object) -> None:
 
 def test_then_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_threads().count == 8
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7})
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 2)
     assert choose_threads().count == 2
     assert "2 CPUs" in choose_threads().reason
-    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert choose_threads().count == 6
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert choose_threads().count == 1
-    monkeypatch.setattr(os, "cpu_count", lambda: 5000)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 5000)
     assert choose_threads().count == MOST_THREADS
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="nobody tells which CPUs it may use")
+@pytest.mark.parametrize("bind", ["false", "true"])
+def test_cpus_are_those_of_the_process(bind: str) -> None:
+    """Also where OpenMP binds threads to CPUs, the one that asks to a single one."""
+    count = "from pyengine._native.parallel import usable_cpus; print(usable_cpus())"
+    env = os.environ | {"OMP_PROC_BIND": bind}
+    done = subprocess.run([sys.executable, "-P", "-c", count], env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(("quota", "count"), [(2.9, 2), (1.0, 1), (0.5, 1), (8.0, 8), (20.0, 8), (None, 8)])
@@ -139,6 +146,23 @@ def test_cgroup(tmp_path: Path, membership: str, files: dict[str, str], expected
 
 def test_no_cgroups(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path, tmp_path / "membership") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("Name:\tx\nMems_allowed:\t0001\nMems_allowed_list:\t0\n", 1),
+        ("Mems_allowed_list:\t0-3\n", 4),
+        ("Mems_allowed_list:\t0,2-3,8\n", 4),
+        ("Mems_allowed_list:\t\n", 1),
+        ("Name:\tx\n", 1),
+        ("rubbish\n", 1),
+    ],
+)
+def test_memory_nodes(tmp_path: Path, status: str, expected: int) -> None:
+    (tmp_path / "status").write_text(status)
+    assert memory_nodes(tmp_path / "status") == expected
+    assert memory_nodes(tmp_path / "none") == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16])

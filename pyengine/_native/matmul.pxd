@@ -40,6 +40,8 @@ cdef inline int64_t whole(int64_t n, int64_t size) noexcept nogil:
 
 cdef float *room_for_panel(PackedMatrix matrix, int64_t panel, float *scratch) noexcept nogil
 cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) noexcept nogil
+# Touches pages of what this thread reads of the matrix in decoding, before anybody has: so they come to lie near that thread.
+cdef void touch_share(Worker *worker, PackedMatrix matrix, size_t page) noexcept nogil
 # Row n as float32: a token's embedding.
 cdef void read_row(PackedMatrix matrix, int64_t n, float *out) noexcept nogil
 cdef void narrow_row(const float *x, int64_t n, NarrowRows rows, int64_t row) noexcept nogil

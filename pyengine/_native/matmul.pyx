@@ -9,8 +9,8 @@ from libc.string cimport memcpy, memset
 from .kernels cimport (
     PE_ACT_NONE, PE_GROUP, PE_LANES, PE_Q4_GROUP, pe_activation, pe_kernels, pe_output, pe_rows_q8,
 )
-from .memory cimport Arena, Block
-from .parallel cimport Share, Worker, claim, claim_rows, run, share_of, sync
+from .memory cimport Arena, Block, pe_touch
+from .parallel cimport Share, Worker, claim, claim_rows, pe_share_first, run, share_of, sync
 from .simd cimport kernels
 
 from ..errors import ArgumentError
@@ -50,7 +50,7 @@ cdef class PackedMatrix:
     def __cinit__(self, int64_t n_out, int64_t n_in, str dtype, Arena arena=None):
         if dtype not in DTYPES:
             raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.n_out, self.n_in, self.dtype = n_out, n_in, dtype
+        self.n_out, self.n_in, self.dtype, self.unscale = n_out, n_in, dtype, None
         cdef int64_t columns = self.n_panel * PE_LANES
         what = f"weight [{n_out}, {n_in}] in {dtype}"
         if dtype == "float32":
@@ -120,6 +120,25 @@ cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) no
         simd.pack_q4(values, k, <uint8_t *>matrix.q4.panels + columns * whole(k, PE_Q4_GROUP) // 2,
                      <uint16_t *>matrix.q4.scale + columns * (whole(k, PE_Q4_GROUP) // PE_Q4_GROUP),
                      <float *>matrix.q4.weight_sum + columns * (whole(k, PE_GROUP) // PE_GROUP))
+
+
+cdef void touch_share(Worker *worker, PackedMatrix matrix, size_t page) noexcept nogil:
+    cdef int64_t n_panel = (matrix.n_out + PE_LANES - 1) // PE_LANES
+    cdef Blocks all = few_rows(matrix, 1, n_panel, worker.n_threads)
+    cdef int64_t first = all.panels * pe_share_first(worker.index, worker.n_threads, all.n_unit)
+    cdef int64_t last = min(n_panel, all.panels * pe_share_first(worker.index + 1, worker.n_threads, all.n_unit))
+    touch_panels(matrix.panels, n_panel, first, last, page)
+    if matrix.scale is not None:
+        touch_panels(matrix.scale, n_panel, first, last, page)
+    if matrix.column_sum is not None:
+        touch_panels(matrix.column_sum, n_panel, first, last, page)
+    if matrix.weight_sum is not None:
+        touch_panels(matrix.weight_sum, n_panel, first, last, page)
+
+
+cdef inline void touch_panels(Block part, int64_t n_panel, int64_t first, int64_t last, size_t page) noexcept nogil:
+    cdef int64_t panel_bytes = part.nbytes // n_panel
+    pe_touch(<char *>part.data + first * panel_bytes, (last - first) * panel_bytes, page)
 
 
 cdef inline float from_bf16(uint16_t value) noexcept nogil:

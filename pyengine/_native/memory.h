@@ -20,21 +20,22 @@ static inline void *pe_allocate(size_t size)
 static inline void pe_free(void *p) { free(p); }
 #endif
 
-/* The same in huge pages where the system has them: weights are more memory than a processor remembers small pages of, and each
- * look-up of one holds up the stream. */
+/* The same in huge pages where the system has them, or in small ones: weights are more memory than a processor remembers small
+ * pages of, and each look-up of one holds up the stream. */
+#define PE_PAGE ((size_t)1 << 12)
+#define PE_HUGE_PAGE ((size_t)1 << 21)
 #if defined(__linux__)
 #include <sys/mman.h>
-#define PE_HUGE_PAGE ((size_t)1 << 21)
-static inline void *pe_allocate_huge(size_t size)
+static inline void *pe_allocate_pages(size_t size, int huge)
 {
     void *p = NULL;
     if (posix_memalign(&p, PE_HUGE_PAGE, size))
         return NULL;
-    madvise(p, size, MADV_HUGEPAGE);
+    madvise(p, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     return p;
 }
 #else
-static inline void *pe_allocate_huge(size_t size) { return pe_allocate(size); }
+static inline void *pe_allocate_pages(size_t size, int huge) { return (void)huge, pe_allocate(size); }
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -42,6 +43,14 @@ static inline void *pe_allocate_huge(size_t size) { return pe_allocate(size); }
 #else
 #define PE_PREFETCH(p) ((void)(p))
 #endif
+
+/* Writes to each page that starts in this memory, which nobody has filled yet: the system makes it of memory near the thread that
+ * touches it first. */
+static inline void pe_touch(char *p, size_t size, size_t page)
+{
+    for (size_t i = (page - (size_t)p % page) % page; i < size; i += page)
+        *(volatile char *)(p + i) = 0;
+}
 
 /* Asks for `size` bytes that are soon to be read. */
 static inline void pe_prefetch(const char *p, size_t size)

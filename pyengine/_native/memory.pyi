@@ -1,7 +1,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-class Arena: ...
+class Arena:
+    def __init__(self, nodes: int = 1) -> None: ...
 
 class Block:
     nbytes: int

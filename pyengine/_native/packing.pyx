@@ -9,9 +9,9 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from .kernels cimport PE_BF16, PE_F16, PE_F32, PE_LANES, pe_dtype, pe_kernels
-from .matmul cimport PackedMatrix, pack_panel, room_for_panel, whole
-from .memory cimport Arena, Block
-from .parallel cimport Worker, claim, run
+from .matmul cimport PackedMatrix, pack_panel, room_for_panel, touch_share, whole
+from .memory cimport PE_HUGE_PAGE, PE_PAGE, Arena, Block
+from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
 
 from ..errors import ArgumentError, CheckpointFileError
@@ -74,6 +74,10 @@ cdef struct Task:
     int64_t buffer_bytes, most_k
     int64_t unread, not_finite  # a tensor, any of several, or -1
 
+cdef struct Touch:
+    void **matrices
+    int64_t n_matrix
+
 
 cdef class Loader:
     """Reads matrices on `threads` threads, in pieces of some `piece_bytes`, but an "in_out" one as a whole where each output needs
@@ -97,6 +101,18 @@ cdef class Loader:
         for _, matrix, in_scale, _ in jobs:
             matrix.unscale = None if in_scale is None else 1 / np.asarray(in_scale)
         return self._run(PACK, jobs)
+
+    def touch(self, matrices):
+        """Each thread touches what it reads in decoding of matrices that are not packed yet: a system with several memory nodes puts
+        that near it. Packing shares work otherwise, so that a matrix would lie as a whole where one thread is.
+        """
+        cdef Touch task
+        cdef int64_t i
+        cdef Block memory = Block(len(matrices) * sizeof(void *), "matrices")
+        task.matrices, task.n_matrix = <void **>memory.data, len(matrices)
+        for i in range(task.n_matrix):
+            task.matrices[i] = <void *>matrices[i]
+        run(self.threads, 1, touch_shares, &task)
 
     def largest_by_input(self, tensors):
         """The size of the largest weight that each input meets: float32 [n_in] for each tensor."""
@@ -193,6 +209,18 @@ cdef class Loader:
             task.pieces[task.n_piece] = piece
             task.n_piece += 1
         return 0
+
+
+cdef void touch_shares(void *context, Worker *worker) noexcept nogil:
+    cdef Touch *task = <Touch *>context
+    cdef int64_t i
+    # A huge page is whose share has its start, not whoever comes first to some of it. Where there are none, the small ones follow.
+    for i in range(task.n_matrix):
+        touch_share(worker, <PackedMatrix>task.matrices[i], PE_HUGE_PAGE)
+    worker.n_claimed = 1
+    sync(worker, worker.n_threads)
+    for i in range(task.n_matrix):
+        touch_share(worker, <PackedMatrix>task.matrices[i], PE_PAGE)
 
 
 cdef void do_pieces(void *context, Worker *worker) noexcept nogil:

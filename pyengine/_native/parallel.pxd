@@ -8,6 +8,7 @@ cdef extern from "team.h" nogil:
         pe_phase *phases
         pe_share *shares
         int64_t n_phase
+    int64_t pe_share_first(int64_t, int64_t, int64_t)
     int64_t pe_claim(pe_team *, int64_t, int64_t, int64_t, int64_t, int64_t *)
     void pe_finish(pe_team *, pe_phase *, int64_t, int64_t)
     void pe_stop(pe_team *)

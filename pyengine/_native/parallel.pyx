@@ -21,6 +21,7 @@ _entrance = None  # (process, the thread that enters its regions)
 
 cdef extern from "team.h" nogil:
     int pe_team_size()  # of a region, from inside; of one thread where OpenMP is not compiled in
+    int pe_cpus()
 
 cdef struct Region:
     int n_threads
@@ -65,6 +66,11 @@ cdef void enter(Region *region) noexcept nogil:
         worker.n_threads = pe_team_size()  # OpenMP may give fewer
         worker.team = &region.team
         region.body(region.context, worker)
+
+
+def usable_cpus():
+    """How many CPUs this thread may use; where OpenMP binds threads (OMP_PROC_BIND), it and those that OpenMP starts."""
+    return pe_cpus()
 
 
 cdef bint _is_forked():

@@ -11,8 +11,10 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #define pe_team_size() omp_get_num_threads()
+#define pe_cpus() omp_get_num_procs()
 #else
 #define pe_team_size() 1
+#define pe_cpus() 1
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -63,11 +65,17 @@ typedef struct {
     pe_atomic stopped; /* not 0: all threads leave, work undone */
 } pe_team;
 
+/* The first unit of a thread's share, of n_thread of them. */
+static inline int64_t pe_share_first(int64_t thread, int64_t n_thread, int64_t n_unit)
+{
+    return (thread * n_unit + n_thread - 1) / n_thread;
+}
+
 /* The next unit of a thread's share, of n_thread of them, for itself or another; -1 when there is none left. */
 static inline int64_t pe_take(pe_share *share, int64_t thread, int64_t n_thread, int64_t n_unit, int own)
 {
-    const int64_t first = (thread * n_unit + n_thread - 1) / n_thread;
-    const int64_t size = ((thread + 1) * n_unit + n_thread - 1) / n_thread - first;
+    const int64_t first = pe_share_first(thread, n_thread, n_unit);
+    const int64_t size = pe_share_first(thread + 1, n_thread, n_unit) - first;
     const int64_t other = (int64_t)1 << 32;
     int64_t taken = own ? 0 : pe_atomic_load(share);
     if (size == 0 || taken % other + taken / other >= size)
