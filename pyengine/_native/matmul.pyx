@@ -125,7 +125,7 @@ cdef void pack_panel(PackedMatrix matrix, const float *values, int64_t panel) no
 cdef void touch_share(Worker *worker, PackedMatrix matrix, size_t page) noexcept nogil:
     cdef int64_t n_panel = (matrix.n_out + PE_LANES - 1) // PE_LANES
     cdef Blocks all = few_rows(matrix, 1, n_panel, worker.n_threads)
-    cdef int64_t first = all.panels * pe_share_first(worker.index, worker.n_threads, all.n_unit)
+    cdef int64_t first = min(n_panel, all.panels * pe_share_first(worker.index, worker.n_threads, all.n_unit))
     cdef int64_t last = min(n_panel, all.panels * pe_share_first(worker.index + 1, worker.n_threads, all.n_unit))
     touch_panels(matrix.panels, n_panel, first, last, page)
     if matrix.scale is not None:
