@@ -71,21 +71,18 @@ def pages(data: np.ndarray) -> tuple[int, int]:
     return first, -(-(data.ctypes.data + data.nbytes - first) // PAGE)
 
 
-# Prints the memory node of each page of a matrix that was loaded by threads on the first CPU of two nodes.
+# Prints the memory node of each page of a matrix that was touched by threads on the first CPU of two nodes.
 NODES = """
 import ctypes, json, sys
 import numpy as np
 from pyengine._native.matmul import PackedMatrix
 from pyengine._native.memory import Arena
-from pyengine._native.packing import Loader, StoredMatrix
+from pyengine._native.packing import Loader
 sys.path.insert(0, sys.argv[1])
 from test_memory import PAGE, pages
 
-n_out, n_in, dtype = 8192, 1024, sys.argv[3]
-matrix = PackedMatrix(n_out, n_in, dtype, Arena(2))
-loader = Loader(2)
-loader.touch([matrix])
-loader.pack([(StoredMatrix(np.zeros(4 * n_out * n_in, np.uint8), 0, "F32", "in_out", n_out, n_in), matrix, None, None)])
+matrix = PackedMatrix(8192, 1024, sys.argv[3], Arena(2))
+Loader(2).touch([matrix])
 first, n_page = pages(np.frombuffer(matrix.parts[0], np.uint8))
 addresses = first + PAGE * np.arange(n_page)
 nodes = np.empty(n_page, np.int32)
