@@ -49,7 +49,7 @@ def test_all_of_a_matrix_is_touched(dtype: str, threads: int, nodes: int, n_out:
     for part in matrix.parts:
         assert in_memory(part).all()
     if nodes > 1:  # else they share a huge page
-        assert not in_memory(after.parts[0]).any()
+        assert not in_memory(after.parts[0])[1:].any()  # an allocator may have written to its start
 
 
 def in_memory(part: object) -> np.ndarray:

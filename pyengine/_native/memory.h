@@ -22,7 +22,7 @@ static inline void pe_free(void *p) { free(p); }
 
 /* The same in huge pages where the system has them, or in small ones: weights are more memory than a processor remembers small
  * pages of, and each look-up of one holds up the stream. */
-#define PE_PAGE ((size_t)1 << 12)
+#define PE_SMALL_PAGE ((size_t)1 << 12)
 #define PE_HUGE_PAGE ((size_t)1 << 21)
 #if defined(__linux__)
 #include <sys/mman.h>

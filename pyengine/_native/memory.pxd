@@ -1,7 +1,7 @@
 cdef extern from "memory.h" nogil:
     void pe_prefetch(const char *, size_t)
     void pe_touch(char *, size_t, size_t)
-    const size_t PE_PAGE, PE_HUGE_PAGE
+    const size_t PE_SMALL_PAGE, PE_HUGE_PAGE
 
 cdef class Arena:
     cdef void **chunks

@@ -10,7 +10,7 @@ from libc.string cimport memset
 
 from .kernels cimport PE_BF16, PE_F16, PE_F32, PE_LANES, pe_dtype, pe_kernels
 from .matmul cimport PackedMatrix, pack_panel, room_for_panel, touch_share, whole
-from .memory cimport PE_HUGE_PAGE, PE_PAGE, Arena, Block
+from .memory cimport PE_HUGE_PAGE, PE_SMALL_PAGE, Arena, Block
 from .parallel cimport Worker, claim, run, sync
 from .simd cimport kernels
 
@@ -220,7 +220,7 @@ cdef void touch_shares(void *context, Worker *worker) noexcept nogil:
     worker.n_claimed = 1
     sync(worker, worker.n_threads)
     for i in range(task.n_matrix):
-        touch_share(worker, <PackedMatrix>task.matrices[i], PE_PAGE)
+        touch_share(worker, <PackedMatrix>task.matrices[i], PE_SMALL_PAGE)
 
 
 cdef void do_pieces(void *context, Worker *worker) noexcept nogil:
