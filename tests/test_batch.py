@@ -314,7 +314,7 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
         data = out.read_bytes()
         assert whole.read_bytes().startswith(data)
         if number == signal.SIGINT:
-            assert data.endswith(b"\n")
+            assert data[-1:] in (b"", b"\n")  # whole lines; none, if the first was the one that a kill had torn
         elif rng.random() < 0.7:  # what a kill in the middle of a write leaves
             out.write_bytes(data[: len(data) - rng.randint(0, 60)])
             n_torn += 1
