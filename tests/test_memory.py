@@ -1,4 +1,4 @@
-"""Native memory, in the hands of the garbage collector."""
+"""Native memory: in the hands of the garbage collector, and on which memory node weights lie."""
 
 from __future__ import annotations
 
