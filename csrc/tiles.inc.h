@@ -1,8 +1,9 @@
 /* Matrix products: register tiles, and the loops over rows and panels around them. Included by kernels.inc.h.
  *
- * A kind of tile is a function tile_KIND(rows, panels, x, w, panel, out, ahead) of `rows` x `panels` accumulators, where `rows`
- * and `panels` are constants once it is inlined, so that loops unroll and arrays become registers; KIND_from(x, row), its input
- * from a row on; KIND_panel_bytes(w); and PE_KIND_ROWS_1 2 4, PE_KIND_MANY. PE_MATMUL makes the loops.
+ * A kind of tile is a function tile_KIND(rows, panels, apart, x, w, panel, out, ahead) of `rows` x `panels` accumulators, where
+ * `rows` and `panels` are constants once it is inlined, so that loops unroll and arrays become registers; its panels are `panel` and
+ * each `apart`-th after that; KIND_from(x, row), its input from a row on; KIND_panel_bytes(w); and PE_KIND_ROWS_1 2 4, PE_KIND_MANY.
+ * PE_MATMUL makes the loops.
  *
  * `ahead` says which weights a tile asks for while it computes (level.h). */
 
@@ -15,14 +16,18 @@
 #define PE_F32_STREAM 0
 #define PE_BF16_STREAM 0
 
+/* Four panels at once are four streams from memory. A tile takes panels this far apart, so that each stream goes on where it was
+ * when the next tile begins; with panels side by side the processor would have to find all four again for each tile. */
+enum { STREAM_PANELS = 4 };
+
 /* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
-PE_INLINE void prefetch_tile(int rows, int panels, const pe_output *out)
+PE_INLINE void prefetch_tile(int rows, int panels, int64_t apart, const pe_output *out)
 {
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            PE_PREFETCH_WRITE(out->out + r * out->out_stride + p * PE_LANES);
+            PE_PREFETCH_WRITE(out->out + r * out->out_stride + p * apart * PE_LANES);
 }
 
 /* A tile's sums in memory become 0. As one loop it would be gcc's `rep stos`, whose start costs more than the rest. */
@@ -35,8 +40,8 @@ PE_INLINE void clear_tile(int rows, int panels, float *sums)
             vf_store(sums + (r * panels + p) * PE_LANES, vf_set(0.0f));
 }
 
-/* A finished vector of a tile: the residual is added, and it is stored. */
-PE_INLINE void store_tile(const pe_output *out, int r, int p, vf y)
+/* A finished vector of a tile, p panels on: the residual is added, and it is stored. */
+PE_INLINE void store_tile(const pe_output *out, int64_t r, int64_t p, vf y)
 {
     if (out->residual)
         y = vf_add(y, vf_load(out->residual + r * out->residual_stride + p * PE_LANES));
@@ -75,7 +80,7 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
             const pe_output to = output_at(out, row, 0);                                                             \
             const Rows from = kind##_from(x, row);                                                                   \
             const pe_ahead ahead = pe_ahead_of(t, n_tile, panels, kind##_panel_bytes(w));                            \
-            PE_FOR_ROWS(n, max_rows, tile_##kind(rows, panels, &from, w, panel, &to, ahead))                         \
+            PE_FOR_ROWS(n, max_rows, tile_##kind(rows, panels, 1, &from, w, panel, &to, ahead))                      \
             row += n;                                                                                                \
         }                                                                                                            \
     }
@@ -85,13 +90,24 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
     PE_TILES(kind, PE_##KIND##_ROWS_1, 1, Rows, Weights)                                                             \
     PE_TILES(kind, PE_##KIND##_ROWS_2, 2, Rows, Weights)                                                             \
     PE_TILES(kind, PE_##KIND##_ROWS_4, 4, Rows, Weights)                                                             \
+    static void streams_##kind(const Rows *x, int64_t n_row, const Weights *w, int64_t panel, int64_t apart,         \
+                               const pe_output *out)                                                                 \
+    {                                                                                                                \
+        const pe_ahead ahead = pe_ahead_of(0, 1, 4, kind##_panel_bytes(w));                                          \
+        for (int64_t p = panel; p < panel + apart; p++) {                                                            \
+            const pe_output to = output_at(out, 0, p);                                                               \
+            PE_FOR_ROWS(n_row, PE_##KIND##_ROWS_4, tile_##kind(rows, 4, apart, x, w, p, &to, ahead))                 \
+        }                                                                                                            \
+    }                                                                                                                \
     static void panels_##kind(const Rows *x, int64_t n_row, const Weights *w, int64_t panel, int64_t n_panel,        \
                               const pe_output *out)                                                                  \
     {                                                                                                                \
         for (int64_t done = 0, width; done < n_panel; done += width) {                                               \
             const pe_output to = output_at(out, 0, panel + done);                                                    \
-            if (n_row > PE_##KIND##_STREAM && n_panel - done >= 4 &&                                                 \
-                (n_row <= PE_##KIND##_ROWS_4 || PE_##KIND##_MANY >= 4)) {                                            \
+            if (n_row > PE_##KIND##_STREAM && n_row <= PE_##KIND##_ROWS_4 && n_panel - done >= 4) {                  \
+                width = n_panel - done < 4 * STREAM_PANELS ? (n_panel - done) / 4 * 4 : 4 * STREAM_PANELS;           \
+                streams_##kind(x, n_row, w, panel + done, width / 4, out);                                           \
+            } else if (n_row > PE_##KIND##_STREAM && n_panel - done >= 4 && PE_##KIND##_MANY >= 4) {                 \
                 width = 4;                                                                                           \
                 rows_##kind##_4(x, n_row, w, panel + done, &to);                                                     \
             } else if (n_row > PE_##KIND##_STREAM && n_panel - done >= 2 &&                                          \

@@ -79,16 +79,16 @@ PE_INLINE void add_f32(int rows, int panels, int64_t skip, const float *third[4]
     }
 }
 
-PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel, const pe_output *out,
-                        pe_ahead ahead)
+PE_INLINE void tile_f32(int rows, int panels, int64_t apart, const rows_f32 *x, const pe_weights_f32 *w, int64_t panel,
+                        const pe_output *out, pe_ahead ahead)
 {
     const int unroll = rows > BY_MEMORY ? PE_F32_UNROLL : 1;
-    const int64_t panel_stride = w->k * PE_LANES, panel_bytes = f32_panel_bytes(w);
+    const int64_t panel_stride = apart * w->k * PE_LANES, bytes_apart = apart * f32_panel_bytes(w);
     int64_t stride = x->stride;
-    const float *from = w->panels + panel * panel_stride, *third[4];
-    const char *line = first_line(rows, w->next, panel * panel_bytes, (const char *)from, &ahead);
+    const float *from = w->panels + panel * w->k * PE_LANES, *third[4];
+    const char *line = first_line(rows, w->next, panel * f32_panel_bytes(w), (const char *)from, &ahead);
     vf acc[12][4];
-    prefetch_tile(rows, panels, out);
+    prefetch_tile(rows, panels, apart, out);
     PE_UNROLL
     for (int r = 0; r < rows; r += 3)
         third[r / 3] = x->x + r * stride;
@@ -97,20 +97,20 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             if (x->decay)
-                acc[r][p] = vf_mul(vf_set(x->decay[r]), vf_load(out->out + r * out->out_stride + p * PE_LANES));
+                acc[r][p] = vf_mul(vf_set(x->decay[r]), vf_load(out->out + r * out->out_stride + p * apart * PE_LANES));
             else
-                acc[r][p] = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+                acc[r][p] = out->bias ? vf_load(out->bias + p * apart * PE_LANES) : vf_set(0.0f);
         }
     int64_t left = x->k;
     for (; left >= unroll; left -= unroll, from += unroll * PE_LANES, line += unroll * ahead.pace) {
         step_f32(rows, third, unroll);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            ask(rows, w->next, line + p * panel_bytes);
+            ask(rows, w->next, line + p * bytes_apart);
         if (unroll > 1 && ahead.pace > 64 / unroll) /* else it is the same line */
             PE_UNROLL
             for (int i = panels; i < unroll * panels; i++)
-                ask(rows, w->next, line + i % panels * panel_bytes + i / panels * ahead.pace);
+                ask(rows, w->next, line + i % panels * bytes_apart + i / panels * ahead.pace);
         PE_UNROLL
         for (int i = 0; i < unroll; i++)
             add_f32(rows, panels, 0, third, &stride, unroll - i, from + i * PE_LANES, panel_stride, acc);
@@ -124,7 +124,7 @@ PE_INLINE void tile_f32(int rows, int panels, const rows_f32 *x, const pe_weight
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            store_tile(out, r, p, acc[r][p]);
+            store_tile(out, r, p * apart, acc[r][p]);
 }
 
 PE_MATMUL(f32, F32, rows_f32, pe_weights_f32)
@@ -184,19 +184,19 @@ PE_INLINE void vb_dot(vf *acc, vb a, vb w) { *acc = vf_mad(a.even, w.even, vf_ma
 
 PE_INLINE int64_t bf16_panel_bytes(const pe_weights_bf16 *w) { return (w->k + 1) / 2 * 4 * PE_LANES; }
 
-PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weights_bf16 *w, int64_t panel,
+PE_INLINE void tile_bf16(int rows, int panels, int64_t apart, const rows_bf16 *x, const pe_weights_bf16 *w, int64_t panel,
                          const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_pair = (w->k + 1) / 2;
     const uint16_t *from = w->panels + panel * n_pair * 2 * PE_LANES;
     const char *line = first_line(rows, w->next, panel * bf16_panel_bytes(w), (const char *)from, &ahead);
     vf acc[12][4];
-    prefetch_tile(rows, panels, out);
+    prefetch_tile(rows, panels, apart, out);
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            acc[r][p] = first_sum_bf16(x, out, r, p);
+            acc[r][p] = first_sum_bf16(x, out, r, p * apart);
     const int64_t stride = x->stride;
     const uint16_t *third[4]; /* as in group_q8 */
     PE_UNROLL
@@ -205,12 +205,12 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     for (int64_t i = 0; i < (x->k + 1) / 2; i++, line += ahead.pace) {
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            ask(rows, w->next, line + p * n_pair * 4 * PE_LANES);
+            ask(rows, w->next, line + p * apart * n_pair * 4 * PE_LANES);
         vb column[4];
         const vb first = vb_activations(third[0]);
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            column[p] = vb_weights(from + (p * n_pair + i) * 2 * PE_LANES);
+            column[p] = vb_weights(from + (p * apart * n_pair + i) * 2 * PE_LANES);
             vb_dot(&acc[0][p], first, column[p]); /* at once: four panels would not fit the registers of AVX2 */
         }
         PE_UNROLL
@@ -228,10 +228,10 @@ PE_INLINE void tile_bf16(int rows, int panels, const rows_bf16 *x, const pe_weig
     }
     PE_UNROLL
     for (int p = 0; p < panels; p++) {
-        const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        const vf bias = out->bias ? vf_load(out->bias + p * apart * PE_LANES) : vf_set(0.0f);
         PE_UNROLL
         for (int r = 0; r < rows; r++)
-            store_tile(out, r, p, vf_add(acc[r][p], bias));
+            store_tile(out, r, p * apart, vf_add(acc[r][p], bias));
     }
 }
 

@@ -76,16 +76,18 @@ PE_INLINE void end_q4(int rows, int panels, const float *sums, const pe_output *
     }
 }
 
-PE_INLINE void tile_q4(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel, const pe_output *out,
-                       pe_ahead ahead)
+_Static_assert(PE_Q4_ROWS_4 <= PE_Q4_STREAM, "panels of int4 lie side by side in a tile: few rows go one by one");
+PE_INLINE void tile_q4(int rows, int panels, int64_t apart, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
+                       const pe_output *out, pe_ahead ahead)
 {
+    (void)apart; /* 1 */
     enum { PARTS = PE_GROUP / PE_Q4_GROUP, BYTES = PE_Q4_GROUP_BYTES };
     const int64_t n_group = (w->k + PE_Q4_GROUP - 1) / PE_Q4_GROUP, x_groups = x->stride / PE_GROUP;
     const int64_t n_sum = (n_group + PARTS - 1) / PARTS;
     const uint8_t *nibbles = w->panels + panel * n_group * BYTES;
     const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
-    prefetch_tile(rows, panels, out);
+    prefetch_tile(rows, panels, 1, out);
     clear_tile(rows, panels, sums);
     for (int64_t first = 0; first < n_group; first += PARTS) { /* groups that share a scale of the activations */
         const int64_t last = first + PARTS < n_group ? first + PARTS : n_group, g = first / PARTS;
@@ -175,7 +177,7 @@ PE_INLINE void tile_unpacked(int rows, int panels, const pe_rows_q8 *x, const pe
     const float *weight_sums = w->weight_sum + panel * n_sum * PE_LANES;
     PE_ALIGNED float sums[12 * 4 * PE_LANES];
     const int64_t pace = (next_end - next + n_sum - 1) / n_sum;
-    prefetch_tile(rows, panels, out);
+    prefetch_tile(rows, panels, 1, out);
     clear_tile(rows, panels, sums);
     for (int64_t g = 0; g < n_sum; g++, next += pace) {
         for (const uint8_t *line = next; line < next + pace; line += 4 * PE_LANES)

@@ -83,14 +83,14 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
 PE_INLINE int64_t q8_panel_bytes(const pe_weights_q8 *w) { return (w->k + 3) / 4 * 4 * PE_LANES; }
 
 /* `ready`: its groups, if they are made ready already. */
-PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_group_q8 *ready, const pe_weights_q8 *w, int64_t panel,
-                          const pe_output *out, pe_ahead ahead)
+PE_INLINE void tile_q8_of(int rows, int panels, int64_t apart, const pe_rows_q8 *x, const vq_group_q8 *ready, const pe_weights_q8 *w,
+                          int64_t panel, const pe_output *out, pe_ahead ahead)
 {
     const int64_t n_quad = (w->k + 3) / 4, n_group = (w->k + PE_GROUP - 1) / PE_GROUP;
     const int64_t x_groups = x->stride / PE_GROUP, panel_bytes = q8_panel_bytes(w);
     const int8_t *quads = w->panels + panel * panel_bytes;
     PE_ALIGNED float sums[12 * 4 * PE_LANES]; /* in memory, since the integers take the registers */
-    prefetch_tile(rows, panels, out);
+    prefetch_tile(rows, panels, apart, out);
     clear_tile(rows, panels, sums);
     const float *scales[4];
     const int32_t *offsets[4];
@@ -112,7 +112,7 @@ PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_gr
         vi acc[12][4];
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
-            const vi column_sum = vi_words(w->column_sum + ((panel + p) * n_group + g) * PE_LANES);
+            const vi column_sum = vi_words(w->column_sum + ((panel + p * apart) * n_group + g) * PE_LANES);
             PE_UNROLL
             for (int r = 0; r < rows; r++)
                 acc[r][p] = vi_mul16(column_sum, PE_Q8_ORIGIN + offsets[r / 3][r % 3 * x_groups + g]);
@@ -122,7 +122,7 @@ PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_gr
             stream_q8(rows, group, quads + first * 4 * PE_LANES, acc);
         else
 #endif
-            group_q8(rows, panels, group, quads + first * 4 * PE_LANES, panel_bytes, last - first,
+            group_q8(rows, panels, group, quads + first * 4 * PE_LANES, apart * panel_bytes, last - first,
                      quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
@@ -136,18 +136,18 @@ PE_INLINE void tile_q8_of(int rows, int panels, const pe_rows_q8 *x, const vq_gr
     }
     PE_UNROLL
     for (int p = 0; p < panels; p++) {
-        vf scale = vf_load(w->scale + (panel + p) * PE_LANES);
-        vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
+        vf scale = vf_load(w->scale + (panel + p * apart) * PE_LANES);
+        vf bias = out->bias ? vf_load(out->bias + p * apart * PE_LANES) : vf_set(0.0f);
         PE_UNROLL
         for (int r = 0; r < rows; r++)
-            store_tile(out, r, p, vf_mad(scale, vf_load(sums + (r * panels + p) * PE_LANES), bias));
+            store_tile(out, r, p * apart, vf_mad(scale, vf_load(sums + (r * panels + p) * PE_LANES), bias));
     }
 }
 
-PE_INLINE void tile_q8(int rows, int panels, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel, const pe_output *out,
-                       pe_ahead ahead)
+PE_INLINE void tile_q8(int rows, int panels, int64_t apart, const pe_rows_q8 *x, const pe_weights_q8 *w, int64_t panel,
+                       const pe_output *out, pe_ahead ahead)
 {
-    tile_q8_of(rows, panels, x, 0, w, panel, out, ahead);
+    tile_q8_of(rows, panels, apart, x, 0, w, panel, out, ahead);
 }
 
 PE_MATMUL(q8, Q8, pe_rows_q8, pe_weights_q8)
@@ -202,9 +202,9 @@ static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8
                     const vq_group_q8 *made = ready + (t - first) * q8_groups(w);
                     const pe_ahead ahead = pe_ahead_of(t, n_tile, together == n_tile ? 2 : end - done, q8_panel_bytes(w));
                     if (p + 1 < n_panel)
-                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, &from, made, w, panel + p, &to, ahead))
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, 1, &from, made, w, panel + p, &to, ahead))
                     else
-                        PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, &from, made, w, panel + p, &to, ahead))
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, 1, &from, made, w, panel + p, &to, ahead))
                 }
         }
     }

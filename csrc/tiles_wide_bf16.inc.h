@@ -83,7 +83,7 @@ static void wide_bf16(const rows_bf16 *x, int64_t n_row, const pe_weights_bf16 *
     for (int64_t r = 0; r < n_row; r++)
         for (int p = 0; p < n_panel; p++) {
             const vf bias = out->bias ? vf_load(out->bias + p * PE_LANES) : vf_set(0.0f);
-            store_tile(out, (int)r, p, vf_add(vf_load(sums[p] + r * PE_LANES), bias));
+            store_tile(out, r, p, vf_add(vf_load(sums[p] + r * PE_LANES), bias));
         }
 }
 

@@ -143,6 +143,19 @@ def test_bfloat16_rounding(level: str) -> None:
         assert not np.isfinite(matmul(np.array([[special]], np.float32), one)[0, 0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("n_out", [64, 240, 256, 600, 1029])
+def test_few_rows_are_rows_of_many(level: str, dtype: str, n_out: int) -> None:
+    """A tile of few rows takes panels that lie apart, of many rows panels side by side: to the bit the same."""
+    rng = np.random.default_rng(n_out)
+    x = rng.standard_normal((50, 300)).astype(np.float32)
+    packed = pack(rng.standard_normal((n_out, 300)).astype(np.float32), dtype)
+    many = matmul(x, packed)
+    for n_row in range(1, 9):
+        for threads in (1, 3):
+            assert matmul(x[:n_row], packed, threads).tobytes() == many[:n_row].tobytes()
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_matmul_narrow_sizes(level: str, n: int) -> None:
     rng = np.random.default_rng(n)
