@@ -16,10 +16,6 @@
 #define PE_F32_STREAM 0
 #define PE_BF16_STREAM 0
 
-/* Four panels at once are four streams from memory. A tile takes panels this far apart, so that each stream goes on where it was
- * when the next tile begins; with panels side by side the processor would have to find all four again for each tile. */
-enum { STREAM_PANELS = 4 };
-
 /* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
 PE_INLINE void prefetch_tile(int rows, int panels, int64_t apart, const pe_output *out)
 {
@@ -85,38 +81,56 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
         }                                                                                                            \
     }
 
+/* Tiles `panels` wide of few rows, which one tile holds. They wait for memory, and their panels are streams that the processor
+ * follows: they lie STREAM_PANELS apart, if there are so many, so that each goes on where it was when the next tile begins. Side by
+ * side, all would have to be found again for each tile. Returns how many panels it did. */
+enum {
+    STREAM_PANELS = 4,
+    STREAM_ROWS = 8 /* more take longer than memory, and nothing is gained */
+};
+#define PE_STREAMS(kind, max_rows, panels, Rows, Weights)                                                            \
+    static int64_t streams_##kind##_##panels(const Rows *x, int64_t n_row, const Weights *w, int64_t panel,          \
+                                             int64_t n_panel, const pe_output *out)                                  \
+    {                                                                                                                \
+        const int64_t apart = n_panel / (panels) < STREAM_PANELS ? n_panel / (panels) : STREAM_PANELS;               \
+        const pe_ahead ahead = pe_ahead_of(0, 1, panels, kind##_panel_bytes(w));                                     \
+        for (int64_t p = panel; p < panel + apart; p++) {                                                            \
+            const pe_output to = output_at(out, 0, p);                                                               \
+            PE_FOR_ROWS(n_row, (max_rows) < STREAM_ROWS ? (max_rows) : STREAM_ROWS,                                  \
+                        tile_##kind(rows, panels, apart, x, w, p, &to, ahead))                                       \
+        }                                                                                                            \
+        return apart * (panels);                                                                                     \
+    }
+
 /* All panels from `panel` on, by the widest tiles that hold all rows, else by those meant for many rows. */
 #define PE_MATMUL(kind, KIND, Rows, Weights)                                                                         \
+    _Static_assert(PE_##KIND##_ROWS_4 <= STREAM_ROWS, "four panels wide: as many rows as streams take");             \
     PE_TILES(kind, PE_##KIND##_ROWS_1, 1, Rows, Weights)                                                             \
     PE_TILES(kind, PE_##KIND##_ROWS_2, 2, Rows, Weights)                                                             \
     PE_TILES(kind, PE_##KIND##_ROWS_4, 4, Rows, Weights)                                                             \
-    static void streams_##kind(const Rows *x, int64_t n_row, const Weights *w, int64_t panel, int64_t apart,         \
-                               const pe_output *out)                                                                 \
-    {                                                                                                                \
-        const pe_ahead ahead = pe_ahead_of(0, 1, 4, kind##_panel_bytes(w));                                          \
-        for (int64_t p = panel; p < panel + apart; p++) {                                                            \
-            const pe_output to = output_at(out, 0, p);                                                               \
-            PE_FOR_ROWS(n_row, PE_##KIND##_ROWS_4, tile_##kind(rows, 4, apart, x, w, p, &to, ahead))                 \
-        }                                                                                                            \
-    }                                                                                                                \
+    PE_STREAMS(kind, PE_##KIND##_ROWS_2, 2, Rows, Weights)                                                           \
+    PE_STREAMS(kind, PE_##KIND##_ROWS_4, 4, Rows, Weights)                                                           \
     static void panels_##kind(const Rows *x, int64_t n_row, const Weights *w, int64_t panel, int64_t n_panel,        \
                               const pe_output *out)                                                                  \
     {                                                                                                                \
-        for (int64_t done = 0, width; done < n_panel; done += width) {                                               \
-            const pe_output to = output_at(out, 0, panel + done);                                                    \
-            if (n_row > PE_##KIND##_STREAM && n_row <= PE_##KIND##_ROWS_4 && n_panel - done >= 4) {                  \
-                width = n_panel - done < 4 * STREAM_PANELS ? (n_panel - done) / 4 * 4 : 4 * STREAM_PANELS;           \
-                streams_##kind(x, n_row, w, panel + done, width / 4, out);                                           \
-            } else if (n_row > PE_##KIND##_STREAM && n_panel - done >= 4 && PE_##KIND##_MANY >= 4) {                 \
-                width = 4;                                                                                           \
-                rows_##kind##_4(x, n_row, w, panel + done, &to);                                                     \
-            } else if (n_row > PE_##KIND##_STREAM && n_panel - done >= 2 &&                                          \
-                       (n_row <= PE_##KIND##_ROWS_2 || PE_##KIND##_MANY >= 2)) {                                     \
-                width = 2;                                                                                           \
-                rows_##kind##_2(x, n_row, w, panel + done, &to);                                                     \
+        const int64_t end = panel + n_panel;                                                                         \
+        while (panel < end) {                                                                                        \
+            const int64_t left = end - panel;                                                                        \
+            const pe_output to = output_at(out, 0, panel);                                                           \
+            if (n_row <= PE_##KIND##_STREAM || left < 2) {                                                           \
+                rows_##kind##_1(x, n_row, w, panel++, &to);                                                          \
+            } else if (left >= 4 && n_row <= PE_##KIND##_ROWS_4) {                                                   \
+                panel += streams_##kind##_4(x, n_row, w, panel, left, out);                                          \
+            } else if (left >= 4 && PE_##KIND##_MANY >= 4) {                                                         \
+                rows_##kind##_4(x, n_row, w, panel, &to);                                                            \
+                panel += 4;                                                                                          \
+            } else if (n_row <= PE_##KIND##_ROWS_2 && n_row <= STREAM_ROWS) {                                        \
+                panel += streams_##kind##_2(x, n_row, w, panel, left, out);                                          \
+            } else if (n_row <= PE_##KIND##_ROWS_2 || PE_##KIND##_MANY >= 2) {                                       \
+                rows_##kind##_2(x, n_row, w, panel, &to);                                                            \
+                panel += 2;                                                                                          \
             } else {                                                                                                 \
-                width = 1;                                                                                           \
-                rows_##kind##_1(x, n_row, w, panel + done, &to);                                                     \
+                rows_##kind##_1(x, n_row, w, panel++, &to);                                                          \
             }                                                                                                        \
         }                                                                                                            \
     }

@@ -76,7 +76,7 @@ PE_INLINE void end_q4(int rows, int panels, const float *sums, const pe_output *
     }
 }
 
-_Static_assert(PE_Q4_ROWS_4 <= PE_Q4_STREAM, "panels of int4 lie side by side in a tile: few rows go one by one");
+_Static_assert(PE_Q4_STREAM >= STREAM_ROWS && PE_Q4_STREAM >= PE_Q4_ROWS_4, "few rows of int4 go panel by panel");
 PE_INLINE void tile_q4(int rows, int panels, int64_t apart, const pe_rows_q8 *x, const pe_weights_q4 *w, int64_t panel,
                        const pe_output *out, pe_ahead ahead)
 {
