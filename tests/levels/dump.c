@@ -61,7 +61,7 @@ static void line(const char *kernel, int a, int b, int c)
     hash = HASH_START;
 }
 
-static const int ROWS[] = {1, 2, 3, 4, 5, 6, 7, 11, 13, 26}, PANELS[] = {1, 2, 3, 4, 7};
+static const int ROWS[] = {1, 2, 3, 4, 5, 6, 7, 11, 13, 26}, PANELS[] = {1, 2, 3, 4, 7, 19};
 static const int LENGTHS[] = {1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 300, 1025};
 
 /* Bias or none, residual or none take turns. The first panel is left out. */
