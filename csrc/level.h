@@ -81,29 +81,30 @@
 #define PE_PREFETCH_FAR(p) __builtin_prefetch((p), 0, 2)
 #endif
 
-/* What a tile `panels` wide asks for. One that is thinner than those for many rows waits for memory: lines on their way to the
- * L1 cache would take up what its own loads wait in. */
-#define PE_PREFETCH_WEIGHTS(panels, many, p)                                                                         \
-    do {                                                                                                             \
-        if ((panels) < (many))                                                                                       \
-            PE_PREFETCH_FAR(p);                                                                                      \
-        else                                                                                                         \
-            PE_PREFETCH(p);                                                                                          \
-    } while (0)
-
 /* Which weights a tile asks for while it computes, since processors alone fetch too late: with line i of a panel (64 bytes), the one
- * at the panel's start + bytes + i * pace. */
+ * at the panel's start + bytes + i * pace. `into` is a constant. A tile of many rows has time, and finds them in the L1 cache. One of
+ * few waits for memory: lines on their way to the L1 cache would take up what its own loads wait in, so the L2 cache is as near as
+ * they come; with very few rows the processor's own prefetching does better. */
+enum { PE_NOWHERE, PE_L1, PE_L2 };
 typedef struct {
     int64_t bytes, pace;
+    int into;
 } pe_ahead;
+#define PE_PREFETCH_WEIGHTS(into, p)                                                                                 \
+    do {                                                                                                             \
+        if ((into) == PE_L1)                                                                                         \
+            PE_PREFETCH(p);                                                                                          \
+        else if ((into) == PE_L2)                                                                                    \
+            PE_PREFETCH_FAR(p);                                                                                      \
+    } while (0)
 
-/* One tile alone asks for what is a little further on. Where several tiles lie below each other, the panels after these are
- * asked for by all of them, each a share, at such a pace that the bus is never asked for more than it brings. */
-PE_INLINE pe_ahead pe_ahead_of(int64_t tile, int64_t n_tile, int64_t panels, int64_t panel_bytes)
+/* A panel that one tile goes through alone is a stream: it asks for what is a little further on. Else the panels after these are asked
+ * for, by all tiles that lie below each other, each a share, at such a pace that the bus is never asked for more than it brings. */
+PE_INLINE pe_ahead pe_ahead_of(int into, int64_t tile, int64_t n_tile, int64_t panels, int64_t panel_bytes)
 {
-    if (n_tile == 1)
-        return (pe_ahead){PE_AHEAD, 64};
-    return (pe_ahead){panels * panel_bytes + tile * panel_bytes / n_tile, (64 + n_tile - 1) / n_tile};
+    if (n_tile == 1 && panels == 1)
+        return (pe_ahead){PE_AHEAD, 64, into};
+    return (pe_ahead){panels * panel_bytes + tile * panel_bytes / n_tile, (64 + n_tile - 1) / n_tile, into};
 }
 
 static const int8_t pe_q4_codebook[16] = PE_Q4_CODEBOOK;

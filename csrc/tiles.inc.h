@@ -16,6 +16,20 @@
 #define PE_F32_STREAM 0
 #define PE_BF16_STREAM 0
 
+/* With so few rows, what tiles ask for comes into the L2 cache alone (level.h). */
+#ifndef PE_F32_FAR
+#define PE_F32_FAR 12
+#endif
+#ifndef PE_BF16_FAR
+#define PE_BF16_FAR 12
+#endif
+#ifndef PE_Q8_FAR
+#define PE_Q8_FAR 12
+#endif
+#ifndef PE_Q4_FAR
+#define PE_Q4_FAR 12
+#endif
+
 /* The rows of a large output lie far apart and in no cache: a tile asks for its lines before it needs them. */
 PE_INLINE void prefetch_tile(int rows, int panels, int64_t apart, const pe_output *out)
 {
@@ -65,17 +79,18 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
         PE_CASE(9, max, call) PE_CASE(10, max, call) PE_CASE(11, max, call) PE_CASE(12, max, call)                   \
     }
 
-/* Tiles `panels` wide down n_row rows, as even in height as they can be: no thin tile at the end. */
-#define PE_TILES(kind, max_rows, panels, Rows, Weights)                                                              \
-    static void rows_##kind##_##panels(const Rows *x, int64_t n_row, const Weights *w, int64_t panel,                \
-                                       const pe_output *out)                                                         \
+/* Tiles `panels` wide down n_row rows, as even in height as they can be: no thin tile at the end. What they ask for
+ * comes into `into`, L1 or L2. */
+#define PE_TILES(kind, max_rows, panels, into, Rows, Weights)                                                        \
+    static void rows_##kind##_##panels##_##into(const Rows *x, int64_t n_row, const Weights *w, int64_t panel,       \
+                                                const pe_output *out)                                                \
     {                                                                                                                \
         const int64_t n_tile = (n_row + (max_rows) - 1) / (max_rows);                                                \
         for (int64_t t = 0, row = 0; t < n_tile; t++) {                                                              \
             const int64_t n = (n_row - row) / (n_tile - t);                                                          \
             const pe_output to = output_at(out, row, 0);                                                             \
             const Rows from = kind##_from(x, row);                                                                   \
-            const pe_ahead ahead = pe_ahead_of(t, n_tile, panels, kind##_panel_bytes(w));                            \
+            const pe_ahead ahead = pe_ahead_of(PE_##into, t, n_tile, panels, kind##_panel_bytes(w));                 \
             PE_FOR_ROWS(n, max_rows, tile_##kind(rows, panels, 1, &from, w, panel, &to, ahead))                      \
             row += n;                                                                                                \
         }                                                                                                            \
@@ -86,28 +101,35 @@ PE_INLINE pe_output output_at(const pe_output *out, int64_t row, int64_t panel)
  * side, all would have to be found again for each tile. Returns how many panels it did. */
 enum {
     STREAM_PANELS = 4,
-    STREAM_ROWS = 8 /* more take longer than memory, and nothing is gained */
+    STREAM_ROWS = 8, /* more take longer than memory, and nothing is gained */
+    STREAM_ALONE = 4 /* so few rows need no line asked for */
 };
+PE_INLINE pe_ahead stream_ahead(int rows, int panels, int64_t panel_bytes)
+{
+    return pe_ahead_of(rows > STREAM_ALONE ? PE_L2 : PE_NOWHERE, 0, 1, rows <= STREAM_ROWS ? 1 : panels, panel_bytes);
+}
 #define PE_STREAMS(kind, max_rows, panels, Rows, Weights)                                                            \
     static int64_t streams_##kind##_##panels(const Rows *x, int64_t n_row, const Weights *w, int64_t panel,          \
                                              int64_t n_panel, const pe_output *out)                                  \
     {                                                                                                                \
-        const int64_t apart = n_panel / (panels) < STREAM_PANELS ? n_panel / (panels) : STREAM_PANELS;               \
-        const pe_ahead ahead = pe_ahead_of(0, 1, panels, kind##_panel_bytes(w));                                     \
+        const int64_t most = n_row <= STREAM_ROWS ? STREAM_PANELS : 1;                                               \
+        const int64_t apart = n_panel / (panels) < most ? n_panel / (panels) : most;                                 \
         for (int64_t p = panel; p < panel + apart; p++) {                                                            \
             const pe_output to = output_at(out, 0, p);                                                               \
-            PE_FOR_ROWS(n_row, (max_rows) < STREAM_ROWS ? (max_rows) : STREAM_ROWS,                                  \
-                        tile_##kind(rows, panels, apart, x, w, p, &to, ahead))                                       \
+            PE_FOR_ROWS(n_row, max_rows,                                                                             \
+                        tile_##kind(rows, panels, apart, x, w, p, &to,                                               \
+                                    stream_ahead(rows, panels, kind##_panel_bytes(w))))                              \
         }                                                                                                            \
         return apart * (panels);                                                                                     \
     }
 
 /* All panels from `panel` on, by the widest tiles that hold all rows, else by those meant for many rows. */
 #define PE_MATMUL(kind, KIND, Rows, Weights)                                                                         \
-    _Static_assert(PE_##KIND##_ROWS_4 <= STREAM_ROWS, "four panels wide: as many rows as streams take");             \
-    PE_TILES(kind, PE_##KIND##_ROWS_1, 1, Rows, Weights)                                                             \
-    PE_TILES(kind, PE_##KIND##_ROWS_2, 2, Rows, Weights)                                                             \
-    PE_TILES(kind, PE_##KIND##_ROWS_4, 4, Rows, Weights)                                                             \
+    PE_TILES(kind, PE_##KIND##_ROWS_1, 1, L1, Rows, Weights)                                                         \
+    PE_TILES(kind, PE_##KIND##_ROWS_1, 1, L2, Rows, Weights)                                                         \
+    PE_TILES(kind, PE_##KIND##_ROWS_2, 2, L1, Rows, Weights)                                                         \
+    PE_TILES(kind, PE_##KIND##_ROWS_4, 4, L1, Rows, Weights)                                                         \
+    PE_TILES(kind, PE_##KIND##_ROWS_4, 4, L2, Rows, Weights)                                                         \
     PE_STREAMS(kind, PE_##KIND##_ROWS_2, 2, Rows, Weights)                                                           \
     PE_STREAMS(kind, PE_##KIND##_ROWS_4, 4, Rows, Weights)                                                           \
     static void panels_##kind(const Rows *x, int64_t n_row, const Weights *w, int64_t panel, int64_t n_panel,        \
@@ -117,20 +139,24 @@ enum {
         while (panel < end) {                                                                                        \
             const int64_t left = end - panel;                                                                        \
             const pe_output to = output_at(out, 0, panel);                                                           \
-            if (n_row <= PE_##KIND##_STREAM || left < 2) {                                                           \
-                rows_##kind##_1(x, n_row, w, panel++, &to);                                                          \
-            } else if (left >= 4 && n_row <= PE_##KIND##_ROWS_4) {                                                   \
+            const int wide = n_row > PE_##KIND##_STREAM;                                                             \
+            if (wide && left >= 4 && n_row <= PE_##KIND##_ROWS_4) {                                                  \
                 panel += streams_##kind##_4(x, n_row, w, panel, left, out);                                          \
-            } else if (left >= 4 && PE_##KIND##_MANY >= 4) {                                                         \
-                rows_##kind##_4(x, n_row, w, panel, &to);                                                            \
+            } else if (wide && left >= 4 && PE_##KIND##_MANY >= 4) {                                                 \
+                if (n_row <= PE_##KIND##_FAR)                                                                        \
+                    rows_##kind##_4_L2(x, n_row, w, panel, &to);                                                     \
+                else                                                                                                 \
+                    rows_##kind##_4_L1(x, n_row, w, panel, &to);                                                     \
                 panel += 4;                                                                                          \
-            } else if (n_row <= PE_##KIND##_ROWS_2 && n_row <= STREAM_ROWS) {                                        \
+            } else if (wide && left >= 2 && n_row <= PE_##KIND##_ROWS_2) {                                           \
                 panel += streams_##kind##_2(x, n_row, w, panel, left, out);                                          \
-            } else if (n_row <= PE_##KIND##_ROWS_2 || PE_##KIND##_MANY >= 2) {                                       \
-                rows_##kind##_2(x, n_row, w, panel, &to);                                                            \
+            } else if (wide && left >= 2 && PE_##KIND##_MANY >= 2) {                                                 \
+                rows_##kind##_2_L1(x, n_row, w, panel, &to);                                                         \
                 panel += 2;                                                                                          \
+            } else if (n_row <= PE_##KIND##_FAR) {                                                                   \
+                rows_##kind##_1_L2(x, n_row, w, panel++, &to);                                                       \
             } else {                                                                                                 \
-                rows_##kind##_1(x, n_row, w, panel++, &to);                                                          \
+                rows_##kind##_1_L1(x, n_row, w, panel++, &to);                                                       \
             }                                                                                                        \
         }                                                                                                            \
     }

@@ -26,10 +26,10 @@ PE_INLINE const char *first_line(int rows, const void *next, int64_t offset, con
 
 /* Asks for a line while a tile computes: with one or two rows one of w->next, if there is one, else one of what comes next in the
  * panels. */
-PE_INLINE void ask(int rows, const void *next, const char *line)
+PE_INLINE void ask(int rows, const void *next, const char *line, pe_ahead ahead)
 {
     if (rows > 2)
-        PE_PREFETCH(line);
+        PE_PREFETCH_WEIGHTS(ahead.into, line);
     else if (next)
         PE_PREFETCH_FAR(line);
 }
@@ -106,11 +106,11 @@ PE_INLINE void tile_f32(int rows, int panels, int64_t apart, const rows_f32 *x, 
         step_f32(rows, third, unroll);
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            ask(rows, w->next, line + p * bytes_apart);
+            ask(rows, w->next, line + p * bytes_apart, ahead);
         if (unroll > 1 && ahead.pace > 64 / unroll) /* else it is the same line */
             PE_UNROLL
             for (int i = panels; i < unroll * panels; i++)
-                ask(rows, w->next, line + i % panels * bytes_apart + i / panels * ahead.pace);
+                ask(rows, w->next, line + i % panels * bytes_apart + i / panels * ahead.pace, ahead);
         PE_UNROLL
         for (int i = 0; i < unroll; i++)
             add_f32(rows, panels, 0, third, &stride, unroll - i, from + i * PE_LANES, panel_stride, acc);
@@ -205,7 +205,7 @@ PE_INLINE void tile_bf16(int rows, int panels, int64_t apart, const rows_bf16 *x
     for (int64_t i = 0; i < (x->k + 1) / 2; i++, line += ahead.pace) {
         PE_UNROLL
         for (int p = 0; p < panels; p++)
-            ask(rows, w->next, line + p * apart * n_pair * 4 * PE_LANES);
+            ask(rows, w->next, line + p * apart * n_pair * 4 * PE_LANES, ahead);
         vb column[4];
         const vb first = vb_activations(third[0]);
         PE_UNROLL

@@ -12,7 +12,7 @@
 /* One group of 4-bit weights: its integers into acc, the sums of its columns into column_sum, unless they are read; quad: its first
  * in `x`. */
 PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, const uint8_t *nibbles, int64_t panel_stride,
-                        const uint8_t *next, int64_t pace, vi acc[12][4], vi column_sum[4])
+                        const uint8_t *next, pe_ahead ahead, vi acc[12][4], vi column_sum[4])
 {
     enum { OCTETS = PE_Q4_GROUP / 8 };
     PE_UNROLL
@@ -27,7 +27,7 @@ PE_INLINE void group_q4(int rows, int panels, const vq_group *x, int64_t quad, c
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             vq_nibbles(nibbles + p * panel_stride + i * 4 * PE_LANES, pe_q4_codebook, &low[p], &high[p]);
-            PE_PREFETCH_WEIGHTS(panels, PE_Q4_MANY, next + p * panel_stride + i * pace);
+            PE_PREFETCH_WEIGHTS(ahead.into, next + p * panel_stride + i * ahead.pace);
 #if !PE_Q4_READS_SUMS
             vq_sum(&column_sum[p], low[p], high[p]);
 #endif
@@ -101,7 +101,7 @@ PE_INLINE void tile_q4(int rows, int panels, int64_t apart, const pe_rows_q8 *x,
         for (int64_t i = first; i < last; i++) {
             vi acc[12][4], column_sum[4];
             group_q4(rows, panels, &at, (i - first) * (PE_Q4_GROUP / 4), nibbles + i * BYTES, n_group * BYTES,
-                     nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead.pace, acc, column_sum);
+                     nibbles + ahead.bytes + i * (BYTES / 64) * ahead.pace, ahead, acc, column_sum);
             PE_UNROLL
             for (int p = 0; p < panels; p++) {
                 const vf scale = from_bf16s(w->scale + ((panel + p) * n_group + i) * PE_LANES);
@@ -163,7 +163,7 @@ PE_INLINE void unpacked_q4(int rows, int panels, const vq_group *x, const int8_t
     int64_t n_quad = PE_Q4_GROUP / 4;
     PE_HIDE(n_quad); /* unrolled, gcc spills */
     /* what it asks for is what it reads: what comes next isn't unpacked yet */
-    group_q8(rows, panels, x, quads, panel_stride, n_quad, quads, 64, acc);
+    group_q8(rows, panels, x, quads, panel_stride, n_quad, quads, (pe_ahead){0, 64, PE_L1}, acc);
 #endif
 }
 

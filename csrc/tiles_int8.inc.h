@@ -47,7 +47,7 @@ PE_INLINE void stream_q8(int rows, const vq_group *x, const int8_t *quads, vi ac
  * registers: each third row has one, and addressing adds one or two strides to it for nothing. */
 #ifndef PE_OWN_GROUP
 PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
-                        const int8_t *next, int64_t pace, vi acc[12][4])
+                        const int8_t *next, pe_ahead ahead, vi acc[12][4])
 {
     const int64_t stride = x->stride;
     const int8_t *end = quads + n_quad * 4 * PE_LANES;
@@ -60,9 +60,9 @@ PE_INLINE void group_q8(int rows, int panels, const vq_group *x, const int8_t *q
         PE_UNROLL
         for (int p = 0; p < panels; p++) {
             column[p] = vq_weights(quads + p * panel_stride);
-            PE_PREFETCH_WEIGHTS(panels, PE_Q8_MANY, next + p * panel_stride);
+            PE_PREFETCH_WEIGHTS(ahead.into, next + p * panel_stride);
         }
-        next += pace;
+        next += ahead.pace;
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             vq_a value = vq_activations(third[r / 3] + r % 3 * stride);
@@ -123,7 +123,7 @@ PE_INLINE void tile_q8_of(int rows, int panels, int64_t apart, const pe_rows_q8 
         else
 #endif
             group_q8(rows, panels, group, quads + first * 4 * PE_LANES, apart * panel_bytes, last - first,
-                     quads + ahead.bytes + first * ahead.pace, ahead.pace, acc);
+                     quads + ahead.bytes + first * ahead.pace, ahead, acc);
         PE_UNROLL
         for (int r = 0; r < rows; r++) {
             const vf scale = vf_set(scales[r / 3][r % 3 * x_groups + g]);
@@ -181,6 +181,8 @@ static void make_ready_q8(const pe_rows_q8 *x, int64_t row, int64_t n, const pe_
     }
 }
 
+#define READY_TILE(panels, into)                                                                                     \
+    tile_q8_of(rows, panels, 1, &from, made, w, panel + p, &to, pe_ahead_of(into, t, n_tile, before, q8_panel_bytes(w)))
 static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                          const pe_output *out)
 {
@@ -200,11 +202,13 @@ static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8
                     const pe_rows_q8 from = q8_from(x, row);
                     const pe_output to = output_at(out, row, panel + p);
                     const vq_group_q8 *made = ready + (t - first) * q8_groups(w);
-                    const pe_ahead ahead = pe_ahead_of(t, n_tile, together == n_tile ? 2 : end - done, q8_panel_bytes(w));
-                    if (p + 1 < n_panel)
-                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, tile_q8_of(rows, 2, 1, &from, made, w, panel + p, &to, ahead))
+                    const int64_t before = together == n_tile ? 2 : end - done;
+                    if (p + 1 == n_panel)
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_1, READY_TILE(1, PE_L1))
+                    else if (n_row <= PE_Q8_FAR)
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, READY_TILE(2, PE_L2))
                     else
-                        PE_FOR_ROWS(n, PE_Q8_ROWS_1, tile_q8_of(rows, 1, 1, &from, made, w, panel + p, &to, ahead))
+                        PE_FOR_ROWS(n, PE_Q8_ROWS_2, READY_TILE(2, PE_L1))
                 }
         }
     }

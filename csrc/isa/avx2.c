@@ -66,10 +66,12 @@ PE_INLINE void vq_nibbles(const uint8_t *p, const int8_t *table, vq_w *low, vq_w
 #define PE_Q8_ROWS_4 1
 #define PE_Q8_MANY 2
 #define PE_Q8_STREAM 0 /* one row goes four panels at a time */
+#define PE_Q8_FAR 6
 #define PE_Q4_ROWS_1 4
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
+#define PE_Q4_FAR 0
 #define PE_Q4_UNPACK 24
 #define PE_Q4_UNPACKED_ROWS 3
 #define PE_Q4_UNPACKED_PANELS 1
@@ -128,29 +130,28 @@ PE_INLINE void quad_q8(int rows, int panels, const vq_group_q8 *x, const int8_t 
     }
 }
 
-/* One row goes by four panels, four streams, which the processor follows by itself: lines asked for would only be in its way. Where
- * many tiles ask for the same panels, each asks for its few lines beforehand: asking with each quad is one instruction in thirty. */
+/* Where many tiles ask for the same panels, each asks for its few lines beforehand: asking with each quad is one instruction in
+ * thirty. */
 PE_INLINE void group_q8(int rows, int panels, const vq_group_q8 *x, const int8_t *quads, int64_t panel_stride, int64_t n_quad,
-                        const int8_t *next, int64_t pace, vi acc[12][4])
+                        const int8_t *next, pe_ahead ahead, vi acc[12][4])
 {
     PE_UNROLL
     for (int r = 0; r < rows; r++)
         PE_UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = vi_add(acc[r][p], vi_set(x->flipped[r]));
-    if (panels < 4 && pace >= 16) {
+    if (ahead.pace >= 16) {
         for (int64_t i = 0; i < n_quad; i++) {
             PE_UNROLL
             for (int p = 0; p < panels; p++)
-                PE_PREFETCH(next + p * panel_stride + i * pace);
+                PE_PREFETCH_WEIGHTS(ahead.into, next + p * panel_stride + i * ahead.pace);
             quad_q8(rows, panels, x, quads, panel_stride, i, acc);
         }
     } else {
-        if (panels < 4)
-            for (int64_t i = 0; i < n_quad * pace; i += 64)
-                PE_UNROLL
-                for (int p = 0; p < panels; p++)
-                    PE_PREFETCH(next + p * panel_stride + i);
+        for (int64_t i = 0; i < n_quad * ahead.pace; i += 64)
+            PE_UNROLL
+            for (int p = 0; p < panels; p++)
+                PE_PREFETCH_WEIGHTS(ahead.into, next + p * panel_stride + i);
         for (int64_t i = 0; i < n_quad; i++)
             quad_q8(rows, panels, x, quads, panel_stride, i, acc);
     }

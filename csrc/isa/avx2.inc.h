@@ -151,9 +151,11 @@ PE_INLINE void nibbles(const uint8_t *p, const int8_t *table, vi *low, vi *high)
 #define PE_F32_ROWS_2 3
 #define PE_F32_ROWS_4 1
 #define PE_F32_MANY 1
+#define PE_F32_FAR 16
 #define PE_F32_UNROLL 4
 #define PE_BF16_ROWS_1 4
 #define PE_BF16_ROWS_2 1
 #define PE_BF16_ROWS_4 1
 #define PE_BF16_MANY 1
+#define PE_BF16_FAR 0
 #define PE_WIDE_BF16 12

@@ -43,10 +43,12 @@ PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
 #define PE_Q8_ROWS_2 2
 #define PE_Q8_ROWS_4 1
 #define PE_Q8_MANY 1
+#define PE_Q8_FAR 0
 #define PE_Q4_ROWS_1 4
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
+#define PE_Q4_FAR 0
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(avx2_vnni, PE_CPU_AVX_VNNI | PE_CPU_AVX2_FMA, 25)

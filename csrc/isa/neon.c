@@ -196,10 +196,12 @@ PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
 #define PE_F32_ROWS_2 2
 #define PE_F32_ROWS_4 1
 #define PE_F32_MANY 1
+#define PE_F32_FAR 0
 #define PE_BF16_ROWS_1 4
 #define PE_BF16_ROWS_2 1
 #define PE_BF16_ROWS_4 1
 #define PE_BF16_MANY 1
+#define PE_BF16_FAR 0
 #define PE_Q8_ROWS_1 4
 #define PE_Q8_ROWS_2 2
 #define PE_Q8_ROWS_4 1
@@ -208,6 +210,7 @@ PE_INLINE void vq_sum(vi *acc, vq_w low, vq_w high)
 #define PE_Q4_ROWS_2 1
 #define PE_Q4_ROWS_4 1
 #define PE_Q4_MANY 1
+#define PE_Q4_FAR 0
 #include "../kernels.inc.h"
 
 PE_DEFINE_LEVEL(neon, PE_CPU_NEON_DOT, 20)

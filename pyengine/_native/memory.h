@@ -20,10 +20,11 @@ static inline void *pe_allocate(size_t size)
 static inline void pe_free(void *p) { free(p); }
 #endif
 
-/* The same in huge pages where the system has them, or in small ones: weights are more memory than a processor remembers small
- * pages of, and each look-up of one holds up the stream. */
 #define PE_SMALL_PAGE ((size_t)1 << 12)
 #define PE_HUGE_PAGE ((size_t)1 << 21)
+
+/* The same in huge pages where the system has them, or in small ones: weights are more memory than a processor remembers small
+ * pages of, and each look-up of one holds up the stream. */
 #if defined(__linux__)
 #include <sys/mman.h>
 static inline void *pe_allocate_pages(size_t size, int huge)
