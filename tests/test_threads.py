@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pyengine import threads
+from pyengine._native import parallel
 from pyengine._native.parallel import taken
 from pyengine.cgroup import cpu_quota, memory_nodes
 from pyengine.errors import ArgumentError, ArgumentTypeError
@@ -81,6 +83,31 @@ def test_cpus_are_those_of_the_process(bind: str) -> None:
     env = os.environ | {"OMP_PROC_BIND": bind}
     done = subprocess.run([sys.executable, "-P", "-c", count], env=env, capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(os.sched_getaffinity(0))
+
+
+def started(n_threads: int) -> int:
+    """How many threads a region of a fresh thread starts."""
+    tasks = Path("/proc/self/task")
+    counts = []
+
+    def run() -> None:
+        before = set(tasks.iterdir())
+        assert np.array_equal(taken(n_threads, 3, 8, 0), np.ones((3, 8)))
+        counts.append(len(set(tasks.iterdir()) - before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return counts[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="nobody tells which threads there are")
+def test_no_more_threads_than_cpus_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(4) == 3
+    monkeypatch.setattr(parallel, "usable_cpus", lambda: 2)
+    assert started(4) == 1
+    monkeypatch.setattr(parallel, "usable_cpus", lambda: 1)
+    assert started(4) == 0
 
 
 @pytest.mark.parametrize(("quota", "count"), [(2.9, 2), (1.0, 1), (0.5, 1), (8.0, 8), (20.0, 8), (None, 8)])

@@ -1,5 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
-"""Measures the limits of this machine: what memory delivers, and what the multiply units of the SIMD level in use do."""
+"""Measures the limits of this machine: what memory delivers, and what the multiply units of the SIMD level in use do.
+
+More threads than there are CPUs for them count as so many.
+"""
 
 import time
 
@@ -8,7 +11,7 @@ from libc.string cimport memset
 
 from .kernels cimport PE_LANES, PE_SPIN
 from .memory cimport Arena, Block
-from .parallel cimport Worker, run
+from .parallel cimport Worker, run, team_size
 from .simd cimport kernels
 
 cdef enum Kind:
@@ -56,6 +59,7 @@ def read_bandwidth(int threads, int64_t nbytes=256 << 20, int rounds=5):
     """
     cdef Block block = Block(nbytes, "buffer for measuring", Arena())
     cdef LimitTask task
+    threads = team_size(threads)
     task.kind, task.data, task.n = FILL, <char *>block.data, nbytes
     _fastest(&task, threads, 1)
     task.kind = READ
@@ -65,6 +69,7 @@ def read_bandwidth(int threads, int64_t nbytes=256 << 20, int rounds=5):
 def peak_float32(int threads, int rounds=5):
     """Floating point operations a second of `threads` threads; a fused multiply-add is two."""
     cdef LimitTask task
+    threads = team_size(threads)
     task.kind, task.n = SPIN_F32, 1 << 19
     return 2.0 * threads * task.n * PE_SPIN * PE_LANES / _fastest(&task, threads, rounds)
 
@@ -72,6 +77,7 @@ def peak_float32(int threads, int rounds=5):
 def peak_bfloat16(int threads, int rounds=5):
     """bfloat16 operations a second of `threads` threads; a multiplication and an addition are two."""
     cdef LimitTask task
+    threads = team_size(threads)
     task.kind, task.n = SPIN_BF16, 1 << 19
     return 2.0 * threads * task.n * PE_SPIN * PE_LANES * 2 / _fastest(&task, threads, rounds)
 
@@ -79,5 +85,6 @@ def peak_bfloat16(int threads, int rounds=5):
 def peak_int8(int threads, int rounds=5):
     """int8 operations a second of `threads` threads; a multiplication and an addition are two."""
     cdef LimitTask task
+    threads = team_size(threads)
     task.kind, task.n = SPIN_Q8, 1 << 19
     return 2.0 * threads * task.n * PE_SPIN * PE_LANES * 4 / _fastest(&task, threads, rounds)

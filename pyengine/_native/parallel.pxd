@@ -74,8 +74,11 @@ cdef inline bint claim_rows(Worker *worker, Share *share) noexcept nogil:
 
 ctypedef void (*Body)(void *context, Worker *worker) noexcept nogil
 
-# Runs body(context, worker) on up to n_threads threads at once, and waits for all. n_phase: how often a body syncs, at most.
-# Called with the GIL, which it releases. Raises OutOfMemoryError.
+# How many of n_threads a region gets: no more than there are CPUs for them, where they would only take each other's place.
+cdef int team_size(int n_threads) except -1
+
+# Runs body(context, worker) on up to team_size(n_threads) threads at once, and waits for all. n_phase: how often a body syncs, at
+# most. Called with the GIL, which it releases. Raises OutOfMemoryError.
 cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1
 
 # The most threads of a region.

@@ -34,6 +34,7 @@ cdef struct Region:
 cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1:
     cdef Region region
     memset(&region, 0, sizeof(region))
+    n_threads = team_size(n_threads)
     region.n_threads, region.body, region.context = n_threads, body, context
     region.workers = <Worker *>calloc(n_threads, sizeof(Worker))
     region.team.phases = <pe_phase *>calloc(n_phase + 1, sizeof(pe_phase))
@@ -52,6 +53,13 @@ cdef int run(int n_threads, int64_t n_phase, Body body, void *context) except -1
         free(region.team.phases)
         free(region.team.shares)
     return 0
+
+
+cdef int team_size(int n_threads) except -1:
+    if n_threads == 1:
+        return 1
+    cpus = usable_cpus()
+    return min(n_threads, cpus)
 
 
 cdef void enter(Region *region) noexcept nogil:
