@@ -37,7 +37,7 @@
  * PE_WIDE_BF16        the fewest rows of a product of tiles_wide_bf16.inc.h, where a level has those
  * PE_Q8_STREAM        up to how many rows int8 goes panel by panel; 12 if not defined
  * PE_F32_FAR          up to how many rows the lines that a tile of float32 asks for come into the L2 cache alone, not into the L1
- *                     cache; PE_BF16_, PE_Q8_ and PE_Q4_ likewise; 12 if not defined
+ *                     cache; PE_BF16_, PE_Q8_ and PE_Q4_ likewise; 12 if not defined. PE_STREAMS has a rule of its own
  * PE_Q8_FAST          the most rows that int8 weights from memory meet without waiting for them, where a level streams these */
 
 #include "vecmath.inc.h"
