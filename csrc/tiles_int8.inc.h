@@ -182,7 +182,7 @@ static void make_ready_q8(const pe_rows_q8 *x, int64_t row, int64_t n, const pe_
 }
 
 #define READY_TILE(panels, into)                                                                                     \
-    tile_q8_of(rows, panels, 1, &from, made, w, panel + p, &to, pe_ahead_of(into, t, n_tile, before, q8_panel_bytes(w)))
+    tile_q8_of(rows, panels, 1, &from, made, w, panel + p, &to, pe_ahead_of(into, t, n_tile, until_next, q8_panel_bytes(w)))
 static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8 *w, int64_t panel, int64_t n_panel,
                          const pe_output *out)
 {
@@ -202,7 +202,7 @@ static void panels_ready(const pe_rows_q8 *x, int64_t n_row, const pe_weights_q8
                     const pe_rows_q8 from = q8_from(x, row);
                     const pe_output to = output_at(out, row, panel + p);
                     const vq_group_q8 *made = ready + (t - first) * q8_groups(w);
-                    const int64_t before = together == n_tile ? 2 : end - done;
+                    const int64_t until_next = together == n_tile ? 2 : end - done; /* panels */
                     if (p + 1 == n_panel)
                         PE_FOR_ROWS(n, PE_Q8_ROWS_1, READY_TILE(1, PE_L1))
                     else if (n_row <= PE_Q8_FAR)
