@@ -77,7 +77,7 @@ def ratio_of_ours(results: Results, variant: Variant, metric: str) -> tuple[floa
     """How many times as good ours of the same width is, and which one that is; see `Row`."""
     if variant["engine"] == OURS:
         return None, ""
-    ours = {v["width"]: v for v in results["variants"] if v["engine"] == OURS}
+    ours = {v["width"]: v for v in reversed(results["variants"]) if v["engine"] == OURS}  # the first of each width
     for width in NEXT[variant["width"]]:
         pairs = zip(samples(ours.get(width, {"metrics": {}}), metric), samples(variant, metric), strict=False)
         both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]

@@ -230,6 +230,16 @@ typedef struct pe_kernels {
 
     /* The first n positions of panels of values [n_panel][PE_PAGE][16] to float32: y = q * scale, a scale for each position. */
     void (*widen_values_q8)(const int8_t *q, const float *scale, int64_t n, int64_t n_panel, float *y);
+
+    /* One query x [head_dim] and panels of keys in int8: out [n_panel][16] is what matmul_f32 gives for what widen_keys_q8 gives.
+     * Meanwhile as many panels are asked for from `next` on, or none where it is NULL. */
+    void (*score_q8)(const float *x, int64_t head_dim, const int8_t *q, const float *scale, int64_t n_panel, const void *next,
+                     float *out);
+
+    /* Its softmax's weights x [k] and panels of values in int8: out [n_panel][16] is what accumulate_f32 gives for what
+     * widen_values_q8 gives. `next` as in score_q8. */
+    void (*accumulate_q8)(const float *x, int64_t k, const int8_t *q, const float *scale, int64_t n_panel, const void *next,
+                          float decay, float *out);
 } pe_kernels;
 
 /* cpu.c: what this CPU and its operating system can do, as PE_CPU_* bits. */

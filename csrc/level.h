@@ -159,6 +159,8 @@ PE_INLINE int32_t pe_load_i32(const void *p)
             .narrow_q8 = narrow_q8,                                                                                  \
             .widen_keys_q8 = widen_keys_q8,                                                                          \
             .widen_values_q8 = widen_values_q8,                                                                      \
+            .score_q8 = score_q8,                                                                                    \
+            .accumulate_q8 = accumulate_q8,                                                                          \
         };                                                                                                           \
         return &table;                                                                                               \
     }

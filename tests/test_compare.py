@@ -55,6 +55,7 @@ def results() -> dict[str, Any]:
         "variants": [
             variant("pyengine", "float32", "float32", decode=[90.0, 45.0, 80.0], load=[2.0, 4.0, 2.0]),
             variant("pyengine", "int8", "int8", decode=[300.0, 150.0, 310.0], load=[1.0, 2.0, 1.0]),
+            variant("pyengine", "int8-kv-int8", "int8", decode=[1.0, 1.0, 1.0]),
             variant("other", "F32", "float32", decode=[60.0, 30.0, 80.0], load=[3.0, 6.0, 1.0]),
             variant("other", "Q4", "int4", decode=[200.0, None, 155.0], load=[1.0, 1.0, 1.0]),
             variant("broken", "F32", "float32") | {"status": "failed", "reason": "no"},
@@ -63,7 +64,7 @@ def results() -> dict[str, Any]:
 
 
 def test_report_has_medians_and_ratios_within_rounds(results: dict[str, Any]) -> None:
-    ours, int8, other, int4 = report.rows(results, "decode")
+    ours, int8, _, other, int4 = report.rows(results, "decode")
     assert (ours.median, ours.least, ours.most, ours.ratio) == (80.0, 45.0, 90.0, None)
     assert ours.share == pytest.approx(0.9)  # of each round's own limit: 0.9, 0.9, 0.8
     assert int8.share == pytest.approx(0.75)

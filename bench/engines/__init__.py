@@ -21,9 +21,15 @@ Floats = NDArray[np.float32]
 
 WIDTHS = ("float32", "bfloat16", "int8", "int4")
 
-# Engine → its formats → their widths. Ours comes first: the others are compared with it.
+# Engine → its formats → their widths. Ours comes first: the others are compared with its first of a width.
 VARIANTS: dict[str, dict[str, str]] = {
-    "pyengine": {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int4"},
+    "pyengine": {
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+        "int8": "int8",
+        "int8-kv-int8": "int8",
+        "int4": "int4",
+    },
     "llama_cpp": {"F32": "float32", "BF16": "bfloat16", "Q8_0": "int8", "Q4_0": "int4", "Q4_K_M": "int4"},
     "ctranslate2": {"float32": "float32", "int8": "int8"},
     "openvino_genai": {"float32": "float32", "int8": "int8", "int4": "int4"},

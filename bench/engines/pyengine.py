@@ -24,11 +24,13 @@ class Engine(Base):
     """A model of pyengine."""
 
     packages = ("pyengine", "numpy")
+    settings = "no prefix cache; -kv-int8: keys and values in int8, else in bfloat16, or float32 with float32"
 
     def __init__(self, files: Path, variant: str, threads: int) -> None:
+        dtype, _, kv_dtype = variant.partition("-kv-")
         try:
             # Without the prefix cache KV pages are used again from prompt to prompt, as the other engines do.
-            model = load(files, variant, threads, prefix_cache=False)
+            model = load(files, dtype, threads, kv_dtype=kv_dtype or None, prefix_cache=False)
         except ArgumentError as error:
             raise NotAvailable(str(error)) from error
         self.executor, self.works = model.executor, model.runner.scheduler.works

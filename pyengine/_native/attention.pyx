@@ -4,7 +4,7 @@
 A query meets the keys in blocks of 64 at absolute positions, in order, and the online softmax (Milakov & Gimelshein 2018)
 merges them. So its result doesn't depend on the queries beside it: a prompt gives the same bits in one piece, in chunks, and
 token by token. With pages in bfloat16, queries and the softmax's weights are rounded to it too, and products are those of
-bfloat16; a block of a page in int8 is widened to float32 before a query meets it.
+bfloat16; a block of a page in int8 is widened to float32 before a query meets it, in memory for many queries, in registers for one.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from .kernels cimport PE_LANES, PE_PAGE, pe_output, pe_weights_bf16, pe_weights_f32
 from .memory cimport Block
 from .pages cimport (
-    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, key_bytes, keys_of, prefetch, scales_of, store, store_bf16,
+    KV_BFLOAT16, KV_INT8, KVLayout, PageLayout, keys_of, prefetch, prefetch_scales, scales_of, store, store_bf16,
     store_scratch, values_of,
 )
 from .parallel cimport Worker, claim, run, sync
@@ -43,7 +43,7 @@ cdef struct Tile:
     float *sums  # [TILE, value_width]
     float *states  # [TILE / GROUP, STATE]
     float *decay  # [TILE]
-    const char *next  # keys of the block that is fetched while this one is met, or NULL
+    char *next  # keys of the block that is fetched while this one is met, or NULL
 
 # A head of a sequence that decodes.
 cdef struct Head:
@@ -190,6 +190,9 @@ cdef void score(const PageLayout *layout, const Tile *tile, char *keys, int64_t 
     cdef pe_weights_bf16 keys_bf16
     cdef pe_weights_f32 keys_f32
     cdef pe_output out
+    if layout.dtype == KV_INT8 and tile.n_query == 1:
+        kernels().score_q8(tile.q, layout.head_dim, <const int8_t *>keys, scales_of(layout, keys), n_panel, tile.next, tile.weights)
+        return
     memset(&out, 0, sizeof(out))
     out.out, out.out_stride = tile.weights, PE_PAGE
     keys_bf16.next = keys_f32.next = tile.next
@@ -209,9 +212,14 @@ cdef void add_values(const PageLayout *layout, const Tile *tile, char *keys, int
     one `step` more."""
     cdef int64_t n_panel = layout.value_width // PE_LANES, n_last = n_first + step * (tile.n_query - 1)
     cdef char *at = values_of(layout, keys)
+    cdef const char *next = values_of(layout, tile.next) if tile.next != NULL else NULL
     cdef pe_weights_bf16 values_bf16
     cdef pe_weights_f32 values_f32
-    values_bf16.next = values_f32.next = tile.next + key_bytes(layout) if tile.next != NULL else NULL
+    if layout.dtype == KV_INT8 and tile.n_query == 1:
+        kernels().accumulate_q8(tile.weights, n_first, <const int8_t *>at, scales_of(layout, keys) + PE_PAGE, n_panel, next,
+                                tile.decay[0], tile.sums)
+        return
+    values_bf16.next = values_f32.next = next
     if layout.dtype == KV_BFLOAT16:
         values_bf16.panels, values_bf16.k = <const uint16_t *>at, PE_PAGE
         kernels().accumulate_bf16(tile.weights_bf16, PE_PAGE, tile.n_query, n_last, &values_bf16, n_panel, tile.decay, tile.sums,
@@ -269,8 +277,8 @@ cdef inline int64_t n_seen(const Segment *segment, int64_t block) noexcept nogil
 cdef void fetch_ahead(const Attention *a, Tile *tile, const Segment *segment, int64_t kv_head, const Head *then,
                       int64_t block) noexcept nogil:
     """Decoding waits for memory: what this thread will meet is fetched while a query meets a block. Tiles ask for a line whenever
-    they read one: asked for all at once, lines come no faster, and then memory idles while the tiles compute. So it is done with
-    int8, and where blocks aren't as long; with few blocks, the same one of the next head is."""
+    they read one: asked for all at once, lines come no faster, and then memory idles while the tiles compute. So it is done only
+    where blocks aren't as long; with few blocks, the same one of the next head is."""
     cdef int64_t n_block = segment.position // PE_PAGE + 1, ahead = block + min(n_block, <int64_t>AHEAD), n = n_seen(segment, block)
     cdef char *keys
     tile.next = NULL
@@ -281,8 +289,10 @@ cdef void fetch_ahead(const Attention *a, Tile *tile, const Segment *segment, in
         if segment == NULL or n_seen(segment, ahead) <= 0:
             return
     keys = keys_of(&a.layout, segment.pages[ahead], a.layer, kv_head)
-    if a.layout.dtype != KV_INT8 and (n_seen(segment, ahead) + PE_LANES - 1) // PE_LANES == (n + PE_LANES - 1) // PE_LANES:
+    if (n_seen(segment, ahead) + PE_LANES - 1) // PE_LANES == (n + PE_LANES - 1) // PE_LANES:
         tile.next = keys
+        if a.layout.dtype == KV_INT8:
+            prefetch_scales(&a.layout, keys)
     else:
         prefetch(&a.layout, keys, n_seen(segment, ahead))
 

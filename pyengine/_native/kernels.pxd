@@ -101,6 +101,9 @@ cdef extern from "kernels.h" nogil:
         float (*narrow_q8)(const float *, int64_t, int8_t *) noexcept nogil
         void (*widen_keys_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
         void (*widen_values_q8)(const int8_t *, const float *, int64_t, int64_t, float *) noexcept nogil
+        void (*score_q8)(const float *, int64_t, const int8_t *, const float *, int64_t, const void *, float *) noexcept nogil
+        void (*accumulate_q8)(const float *, int64_t, const int8_t *, const float *, int64_t, const void *, float,
+                              float *) noexcept nogil
 
     uint32_t pe_cpu_features()
     const pe_kernels *pe_level(int)

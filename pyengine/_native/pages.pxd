@@ -56,6 +56,10 @@ cdef inline float *scales_of(const PageLayout *layout, char *keys) noexcept nogi
     return <float *>(keys + key_bytes(layout) + value_bytes(layout))
 
 
+cdef inline void prefetch_scales(const PageLayout *layout, const char *keys) noexcept nogil:
+    pe_prefetch(keys + key_bytes(layout) + value_bytes(layout), 2 * 64 * 4)
+
+
 cdef inline void prefetch(const PageLayout *layout, const char *keys, int64_t n) noexcept nogil:
     """Asks for the keys and values of the first n positions, and for the scales."""
     cdef int64_t panel
@@ -63,4 +67,4 @@ cdef inline void prefetch(const PageLayout *layout, const char *keys, int64_t n)
     for panel in range(layout.value_width // 16):
         pe_prefetch(keys + key_bytes(layout) + panel * 64 * 16 * layout.dtype, n * 16 * layout.dtype)
     if layout.dtype == KV_INT8:
-        pe_prefetch(keys + key_bytes(layout) + value_bytes(layout), 2 * 64 * 4)
+        prefetch_scales(layout, keys)

@@ -274,6 +274,16 @@ static void key_values(void)
         for (int p = 0; p < 3; p++)
             hash_floats(y + p * PE_PAGE * PE_LANES, n_position * PE_LANES);
         line("widen_values_q8", n, kind, 0);
+        for (int panels = 1; panels <= 3; panels++) {
+            if (panels < 3) {
+                level->score_q8(x, n, packed, scales, panels, packed, y);
+                hash_floats(y, panels * PE_LANES);
+                line("score_q8", n, kind, panels);
+            }
+            level->accumulate_q8(x, n_position, packed, scales, panels, NULL, 0.75f, y);
+            hash_floats(y, panels * PE_LANES);
+            line("accumulate_q8", n, kind, panels);
+        }
     }
 }
 
