@@ -57,7 +57,8 @@ static void widen_values_q8(const int8_t *q, const float *scale, int64_t n, int6
  * panels at once, since each sum waits for itself. */
 enum { KV_PANELS = 4 };
 
-/* With value i of K: asks for a line of as many panels from `next` on, if it isn't NULL. */
+/* A line holds four values of K of one panel, so with each value, i, a line of one panel is asked for: of panel i % 4, if there is one,
+ * of those from `next` on. None where that is NULL. */
 PE_INLINE void ask_q8(int panels, const int8_t *next, int64_t panel_bytes, int64_t i)
 {
     if (next && i % 4 < panels)
